@@ -1,0 +1,220 @@
+"""Method and Change: what a low-rank training algorithm is, and how it says what it did.
+
+A method sees the model and the step count, never optimizer, scheduler, wrapper or loop. Every
+hook defaults to doing nothing; `rankwise.run.Run` is the only caller. Read this file first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from rankwise.errors import LifeCycleError, OptionError
+
+if TYPE_CHECKING:
+    from rankwise.accounting import Trace
+
+
+class Carry(Protocol):
+    """How optimizer moments of a parameter become those of its successors, in their order.
+
+    None stands for a successor without counterpart: its state starts fresh.
+    """
+
+    def first(self, moment: Tensor) -> tuple[Tensor | None, ...]:
+        """Moments linear in the gradient: momentum, Adam's m."""
+        ...
+
+    def second(self, moment: Tensor, first: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Moments of squared gradients: Adam's v. `first` is the matching first moment."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Successors:
+    """The parameters that take another one's place in the optimizer.
+
+    `role` names an extra parameter group that the method declared (`Method.roles`); None keeps
+    them in the group of their predecessor.
+    """
+
+    parameters: tuple[Parameter, ...]
+    carry: Carry | None = None
+    role: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a hook did to the parameters, so that the optimizer can be made to follow.
+
+    Attributes:
+        replaced: parameter that left the model -> the parameters that stand for it now.
+        added: parameter that stays -> new ones that join the optimizer right behind it.
+        frozen: parameters that stay in the model but leave the optimizer.
+        rewritten: parameters whose values were overwritten -> fraction of the moments to keep.
+        modules: name -> (old module, new module), for every structural exchange.
+        notes: what the record of the run should say (numbers and strings only).
+    """
+
+    replaced: Mapping[Parameter, Successors] = field(default_factory=dict)
+    added: Mapping[Parameter, Successors] = field(default_factory=dict)
+    frozen: tuple[Parameter, ...] = ()
+    rewritten: Mapping[Parameter, float] = field(default_factory=dict)
+    modules: Mapping[str, tuple[nn.Module, nn.Module]] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def structural(self) -> bool:
+        """Whether wrappers and compiled graphs of the model are out of date."""
+        return bool(self.replaced or self.added or self.frozen or self.modules)
+
+    def growth(self) -> int:
+        """How many more parameters the model stores after the change; negative when it shrank."""
+        gone = {p: p.numel() for p in self.replaced}
+        new = {
+            p: p.numel()
+            for s in (*self.replaced.values(), *self.added.values())
+            for p in s.parameters
+        }
+        return sum(new.values()) - sum(gone.values())
+
+    def __bool__(self) -> bool:
+        return self.structural or bool(self.rewritten)
+
+    def __or__(self, other: Change) -> Change:
+        return Change(
+            {**self.replaced, **other.replaced},
+            {**self.added, **other.added},
+            (*self.frozen, *other.frozen),
+            {**self.rewritten, **other.rewritten},
+            {**self.modules, **other.modules},
+            {**self.notes, **other.notes},
+        )
+
+
+NO_CHANGE = Change()
+
+
+def merge(changes: Iterable[Change]) -> Change:
+    """All changes as one, later entries winning."""
+    total = NO_CHANGE
+    for change in changes:
+        total = total | change
+    return total
+
+
+@dataclass
+class Context:
+    """What a run knows and its methods may ask: lengths, the seed, and how the model executes."""
+
+    steps_per_epoch: int | None = None
+    total_steps: int | None = None
+    seed: int = 0
+    trace: Trace | None = None
+
+    def steps(self, epochs: float, asked_by: str) -> int:
+        """Convert epochs to optimizer steps.
+
+        Raises:
+            OptionError: the run was started without `steps_per_epoch`.
+        """
+        if self.steps_per_epoch is None:
+            raise OptionError(
+                f"{asked_by}={epochs:g} is in epochs, but the run does not know how long one is; "
+                f"pass rankwise.start(..., steps_per_epoch=len(loader)), or give steps instead"
+            )
+        return round(epochs * self.steps_per_epoch)
+
+    def generator(self, step: int, name: str) -> torch.Generator:
+        """Randomness of a hook: a function of (seed, step, name) alone.
+
+        Workers agree on it and a resumed run repeats it, whatever else drew numbers.
+        """
+        digest = hashlib.blake2b(f"{self.seed}/{step}/{name}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class Method:
+    """A low-rank training algorithm; subclasses are dataclasses whose fields are their options.
+
+    `provides`, `needs` and `conflicts` are names of features, the latter two with the reason;
+    which methods compose is decided from them alone.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[Mapping[str, str]] = {}
+    conflicts: ClassVar[Mapping[str, str]] = {}
+
+    _context: Context | None = None
+
+    @property
+    def context(self) -> Context:
+        """The run this method takes part in.
+
+        Raises:
+            LifeCycleError: no run has been started with this method.
+        """
+        if self._context is None:
+            raise LifeCycleError(
+                f"{type(self).__name__} takes part in no run yet; pass it to rankwise.start(...)"
+            )
+        return self._context
+
+    def attach(self, context: Context) -> None:
+        """Take part in a run; called once, before `prepare`."""
+        if self._context is not None and self._context is not context:
+            raise LifeCycleError(
+                f"{type(self).__name__} already takes part in another run; a method keeps "
+                "counters, so give every run its own instance"
+            )
+        self._context = context
+
+    def choice(self) -> dict[str, Any]:
+        """The layer choice among this method's options, as `rankwise.plan` takes it."""
+        names = ("layers", "exclude", "keep_first", "keep_last", "norm")
+        options = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return {**options, "trace": self.context.trace}
+
+    def roles(self) -> Mapping[str, Mapping[str, Any]]:
+        """Extra parameter groups: role -> options that differ from the group they stem from."""
+        return {}
+
+    def prepare(self, model: nn.Module) -> Change:
+        """Reshape the model before training, before any wrapper."""
+        return NO_CHANGE
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Read or edit the gradients of step `step` (1-based): accumulated, reduced, clipped."""
+
+    def after_step(self, model: nn.Module, step: int) -> Change:
+        """React to the finished optimizer step `step` (1-based)."""
+        return NO_CHANGE
+
+    def on_change(self, model: nn.Module, change: Change) -> None:
+        """Another method, or a resume, changed the structure."""
+
+    def finalize(self, model: nn.Module) -> Change:
+        """Leave a model that needs nothing of this library's training machinery."""
+        return NO_CHANGE
+
+    def lr_scale(self, step: int) -> float:
+        """Factor on every group's learning rate at `step`; pure, so that it can be plotted."""
+        return 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and histories: tensors and numbers only."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        if state_dict:
+            raise OptionError(
+                f"{type(self).__name__} keeps no state, but the checkpoint holds "
+                f"{sorted(state_dict)}; it was written by another method or version"
+            )
