@@ -1,0 +1,319 @@
+"""Make an existing optimizer follow a change of the model's parameters.
+
+Successors take their predecessor's place in its group, so the group's own learning rate and decay
+hold, schedulers go on driving it, and the order stays that of `model.parameters()`. Moments are
+carried over by the table below; same shape does not mean moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from rankwise.errors import LifeCycleError
+from rankwise.method import Change, Successors
+
+# What torch's optimizers (and Lion, Muon, schedule-free ones) keep, by the name of the state:
+# "first": linear in the gradients; "second": of squared gradients; "counter": numbers of steps
+# and decay products; "weight": an average of the weights. Anything else is unknown.
+STATE_KINDS: dict[str, str] = {
+    "exp_avg": "first",
+    "momentum_buffer": "first",
+    "grad_avg": "first",
+    "exp_avg_sq": "second",
+    "max_exp_avg_sq": "second",
+    "square_avg": "second",
+    "sum": "second",
+    "step": "counter",
+    "mu_product": "counter",
+    "mu": "counter",
+    "eta": "counter",
+    "ax": "weight",
+    "z": "weight",
+}
+
+ROLE = "rankwise_role"
+
+
+@dataclass(frozen=True)
+class Rebound:
+    """What became of the optimizer's state: for the record.
+
+    Attributes:
+        carried: new parameters that got the moments of their predecessor.
+        fresh: new parameters that start without.
+        unknown: names of states that no rule carries over; their parameters start fresh.
+        outside: replaced parameters that the optimizer did not hold; nor does it their successors.
+        reset: entries of moments set to zero in parameters that were rewritten in place.
+    """
+
+    carried: int = 0
+    fresh: int = 0
+    unknown: tuple[str, ...] = ()
+    outside: int = 0
+    reset: int = 0
+
+
+def open_roles(optimizer: Optimizer, roles: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add an empty twin of every parameter group for each role a method declared.
+
+    Made at the start, so that a scheduler built afterwards drives them and the number of groups
+    never changes. A twin has its group's options but for those the role overrides.
+    """
+    originals = list(optimizer.param_groups)
+    for role, options in roles.items():
+        for index, group in enumerate(originals):
+            twin = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            # A learning rate kept as a tensor is stepped in place: twins must not share it.
+            twin = {k: v.clone() if isinstance(v, Tensor) else v for k, v in twin.items()}
+            optimizer.add_param_group({**twin, **options, "params": [], ROLE: f"{index}:{role}"})
+
+
+def rebind(
+    optimizer: Optimizer, change: Change, names: Mapping[Parameter, str] | None = None
+) -> Rebound:
+    """Replace, add, remove and reset parameters in every group, keeping order and other state.
+
+    Args:
+        optimizer: the one that holds the replaced parameters.
+        change: what a method or `factorize` returned.
+        names: parameter names, for optimizers built from `named_parameters()`.
+
+    Returns:
+        What was carried over and what was not.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU())
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> import rankwise
+        >>> change = rankwise.factorize(model, 8, layers="0")
+        >>> rebind(optimizer, change).fresh
+        2
+    """
+    places = _Places(optimizer, names or {})
+    reports = [_replace(optimizer, places, old, new) for old, new in change.replaced.items()]
+    for anchor, new in change.added.items():
+        places.insert(anchor, new, keep=True)
+        reports.append(Rebound(fresh=len(new.parameters)))
+    for parameter in change.frozen:
+        places.remove(parameter)
+        optimizer.state.pop(parameter, None)
+    reset = sum(
+        forget_moments_(optimizer.state.get(p, {}), keep) for p, keep in change.rewritten.items()
+    )
+    unknown = sorted({name for report in reports for name in report.unknown})
+    return Rebound(
+        carried=sum(r.carried for r in reports),
+        fresh=sum(r.fresh for r in reports),
+        unknown=tuple(unknown),
+        outside=sum(r.outside for r in reports),
+        reset=reset,
+    )
+
+
+class _Places:
+    """Where each parameter sits in the optimizer's groups."""
+
+    def __init__(self, optimizer: Optimizer, names: Mapping[Parameter, str]) -> None:
+        self.groups = optimizer.param_groups
+        self.names = names
+        self.group_of = {p: g for g in self.groups for p in g["params"]}
+
+    def insert(self, anchor: Parameter, new: Successors, *, keep: bool) -> bool:
+        """Put `new` at (or, keeping it, behind) the anchor; False where the anchor is not held."""
+        group = self.group_of.get(anchor)
+        if group is None:
+            return False
+        target = self._twin(group, new.role)
+        fresh = [p for p in new.parameters if p.requires_grad and p not in self.group_of]
+        at = _index(group, anchor)
+        if target is group:
+            at += 1
+        else:
+            at = len(target["params"])
+        target["params"][at:at] = fresh
+        if "param_names" in target:
+            target["param_names"][at:at] = [self.names.get(p, "") for p in fresh]
+        self.group_of |= dict.fromkeys(fresh, target)
+        if not keep:
+            self.remove(anchor)
+        return True
+
+    def remove(self, parameter: Parameter) -> None:
+        group = self.group_of.pop(parameter, None)
+        if group is not None:
+            at = _index(group, parameter)
+            del group["params"][at]
+            if "param_names" in group:
+                del group["param_names"][at]
+
+    def _twin(self, group: dict[str, Any], role: str | None) -> dict[str, Any]:
+        if role is None or ROLE in group:
+            return group
+        label = f"{next(i for i, g in enumerate(self.groups) if g is group)}:{role}"
+        for candidate in self.groups:
+            if candidate.get(ROLE) == label:
+                return candidate
+        raise LifeCycleError(
+            f"the optimizer has no parameter group for the role {role!r}; rankwise.start makes it "
+            "from Method.roles() before training"
+        )
+
+
+def _index(group: Mapping[str, Any], parameter: Parameter) -> int:
+    return next(i for i, p in enumerate(group["params"]) if p is parameter)
+
+
+def _replace(optimizer: Optimizer, places: _Places, old: Parameter, new: Successors) -> Rebound:
+    if not places.insert(old, new, keep=False):
+        return Rebound(outside=1)
+    state = optimizer.state.pop(old, {})
+    stepped = [p for p in new.parameters if p.requires_grad]
+    if not state or new.carry is None:
+        return Rebound(fresh=len(stepped))
+    unknown = tuple(key for key, value in state.items() if not _carriable(key, value, old))
+    if unknown:
+        return Rebound(fresh=len(stepped), unknown=unknown)
+    carried = carry_state(state, new, old)
+    for parameter, successor_state in carried.items():
+        if parameter.requires_grad:
+            optimizer.state[parameter] = successor_state
+    with_moments = sum(p in carried for p in stepped)
+    return Rebound(carried=with_moments, fresh=len(stepped) - with_moments)
+
+
+def _carriable(key: str, value: Any, old: Parameter) -> bool:
+    kind = STATE_KINDS.get(key)
+    if kind is None:
+        return False
+    if kind == "counter" or value is None:
+        return True
+    # Quantised and sharded states are tensor subclasses: their numbers mean something else.
+    return type(value) in (Tensor, Parameter) and value.shape == old.shape
+
+
+@torch.no_grad()
+def carry_state(
+    state: Mapping[str, Any], new: Successors, old: Parameter
+) -> dict[Parameter, dict[str, Any]]:
+    """Optimizer state of the successors from that of the parameter they replace.
+
+    Args:
+        state: the predecessor's, with known kinds only.
+        new: the successors with their rule of carrying.
+        old: the predecessor.
+
+    Returns:
+        successor -> its state; successors without counterpart are left out, except in
+        optimizers that create state when they are built (Adagrad), where theirs is zero.
+    """
+    assert new.carry is not None
+    gradient_mean = state.get("exp_avg", state.get("grad_avg"))
+    normalised = any(STATE_KINDS[key] == "second" for key in state)
+    columns: dict[str, tuple[Tensor | None, ...]] = {}
+    for key, value in state.items():
+        kind = STATE_KINDS[key]
+        if kind == "counter" or value is None:
+            continue
+        if key == "momentum_buffer" and normalised:
+            # RMSprop's buffer holds updates already divided by sqrt(v): not linear in G.
+            columns[key] = tuple(torch.zeros_like(p) for p in new.parameters)
+        elif kind == "first":
+            columns[key] = new.carry.first(value)
+        elif kind == "second":
+            columns[key] = new.carry.second(value, gradient_mean)
+        else:
+            columns[key] = tuple(p.detach().clone() for p in new.parameters)
+    result: dict[Parameter, dict[str, Any]] = {}
+    for position, parameter in enumerate(new.parameters):
+        own: dict[str, Any] = {}
+        missing = any(column[position] is None for column in columns.values())
+        if missing and "sum" not in state:
+            continue
+        for key, value in state.items():
+            moment = columns[key][position] if key in columns else None
+            if key in columns:
+                # Into the parameter's own memory format, which fused optimizers expect.
+                own[key] = torch.zeros_like(parameter, dtype=value.dtype)
+                if moment is not None:
+                    own[key].copy_(moment)
+            else:
+                own[key] = value.clone() if isinstance(value, Tensor) else value
+        result[parameter] = own
+    return result
+
+
+@torch.no_grad()
+def forget_moments_(state: Mapping[str, Any], keep: float) -> int:
+    """Zero all but the `keep` fraction of a parameter's moments, largest first moments surviving.
+
+    One mask serves every moment: pruning each by its own magnitude leaves entries with m != 0 and
+    v == 0, which Adam turns into a step of m / eps.
+
+    Args:
+        state: one parameter's optimizer state, edited in place.
+        keep: fraction of entries, 0 ... 1.
+
+    Returns:
+        The number of entries set to zero, over all moments.
+    """
+    moments = [
+        value
+        for key, value in state.items()
+        if STATE_KINDS.get(key) in ("first", "second") and isinstance(value, Tensor)
+    ]
+    if not moments or keep >= 1:
+        return 0
+    size = moments[0].abs().flatten()
+    kept = math.floor(keep * size.numel())
+    mask = torch.zeros_like(size, dtype=torch.bool)
+    mask[size.topk(kept).indices] = True
+    for moment in moments:
+        moment.mul_(mask.view_as(moment))
+    return (size.numel() - kept) * len(moments)
+
+
+def held_by(optimizer: Optimizer, parameters: Iterable[Parameter]) -> int:
+    """How many of the parameters the optimizer steps."""
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    return sum(p in held for p in parameters)
+
+
+def group_names(optimizer: Optimizer, model: nn.Module) -> list[list[str | None]]:
+    """Names of the parameters in every group; None for one that is not the model's."""
+    names = {p: name for name, p in model.named_parameters()}
+    return [[names.get(p) for p in group["params"]] for group in optimizer.param_groups]
+
+
+def regroup(optimizer: Optimizer, model: nn.Module, saved: Sequence[Sequence[str | None]]) -> None:
+    """Give every group the parameters that `group_names` listed, so that saved state fits by name.
+
+    Raises:
+        LifeCycleError: another number of groups, or of parameters from outside the model.
+    """
+    groups = optimizer.param_groups
+    if len(groups) != len(saved):
+        raise LifeCycleError(
+            f"the saved optimizer had {len(saved)} parameter groups, this one has {len(groups)}; "
+            "build it as in the saved run"
+        )
+    known = dict(model.named_parameters())
+    own = set(known.values())
+    for index, (group, wanted) in enumerate(zip(groups, saved, strict=True)):
+        strangers = [p for p in group["params"] if p not in own]
+        if len(strangers) != wanted.count(None):
+            raise LifeCycleError(
+                f"group {index} of the saved optimizer held {wanted.count(None)} parameters from "
+                f"outside the model, this one holds {len(strangers)}; build it as in the saved run"
+            )
+        outside = iter(strangers)
+        group["params"] = [next(outside) if name is None else known[name] for name in wanted]
+        if "param_names" in group:
+            group["param_names"] = [name or "" for name in wanted]
