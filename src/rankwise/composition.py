@@ -1,0 +1,90 @@
+"""What must hold before a run starts: methods that compose, a bare model, its own optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import LBFGS, Optimizer
+
+from rankwise.errors import CompositionError, LifeCycleError
+from rankwise.method import Method
+from rankwise.optim.rebind import held_by
+
+
+def check_methods(methods: Sequence[Method]) -> None:
+    """Check composition by what the methods declare: `provides`, `needs`, `conflicts`.
+
+    Raises:
+        CompositionError: naming both methods and the reason.
+    """
+    for method in methods:
+        if not isinstance(method, Method):
+            hint = f"; write {method.__name__}()" if isinstance(method, type) else ""
+            raise CompositionError(f"{method!r} is no method{hint}")
+    if not methods:
+        raise CompositionError("no method given; rankwise.Dense() trains without low rank")
+    for method in methods:
+        name = type(method).__name__
+        others = [m for m in methods if m is not method]
+        offered = {feature for other in others for feature in other.provides}
+        for feature, reason in method.needs.items():
+            if feature not in offered:
+                raise CompositionError(
+                    f"{name} needs {feature}: {reason}; add a method that gives it"
+                )
+        for other in others:
+            for feature in other.provides & method.conflicts.keys():
+                raise CompositionError(
+                    f"{name} and {type(other).__name__} do not go together: "
+                    f"{method.conflicts[feature]}; keep one of them"
+                )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse wrappers: surgery must see the bare model.
+
+    Raises:
+        LifeCycleError: saying how to pass the wrapper instead.
+    """
+    if isinstance(model, (DistributedDataParallel, DataParallel)):
+        name = type(model).__name__
+        raise LifeCycleError(
+            f"the model is already wrapped in {name}; pass the bare model and "
+            f"rankwise.start(..., wrap={name}), which wraps it again after every structural change"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise LifeCycleError(
+            "the model is already compiled; pass the bare model and rankwise.start(..., "
+            "wrap=torch.compile), which compiles it again after every structural change"
+        )
+    sharded = [n for n, p in model.named_parameters() if hasattr(p, "device_mesh")]
+    if sharded:
+        raise LifeCycleError(
+            f"parameter {sharded[0]} is sharded (FSDP2 / DTensor), which this version cannot "
+            "factorise; use DDP through wrap=, or factorise before sharding"
+        )
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Refuse optimizers that the run cannot follow.
+
+    Raises:
+        LifeCycleError: of another model, closure-driven, or already under a scheduler.
+    """
+    if isinstance(optimizer, LBFGS):
+        raise LifeCycleError(
+            "LBFGS evaluates the model several times within a step, so no hook sees its gradients; "
+            "use an optimizer whose step() needs no closure"
+        )
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        raise LifeCycleError(
+            "an LR scheduler was built on this optimizer before rankwise.start; build it after, so "
+            "that it also drives the parameter groups that methods add"
+        )
+    if not held_by(optimizer, model.parameters()):
+        raise LifeCycleError(
+            f"the optimizer holds none of the parameters of {type(model).__name__}; build it from "
+            "this model's parameters(), after the model was moved or changed"
+        )

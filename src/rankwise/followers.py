@@ -1,0 +1,75 @@
+"""Averaged copies of a model (EMA, SWA) that follow its structural changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise import surgery
+from rankwise.errors import PlanError
+from rankwise.layers import LowRankLayer
+
+
+@torch.no_grad()
+def give_structure(model: nn.Module, copy: nn.Module, changed: Iterable[str] | None = None) -> None:
+    """Give the copy the low-rank layers that the model has, keeping the copy's own weights.
+
+    The copy's W' becomes U' V with the model's own V and U' = W' V^+, the best fit in that row
+    space: averaging U' with the model's U then averages products, which it would not if the
+    two had bases of their own.
+
+    Args:
+        model: the trained model.
+        copy: the averaged one, with modules of the same names.
+        changed: names to bring up to date; without it all whose structure differs.
+
+    Raises:
+        PlanError: the copy has no such layer, or another low-rank form of it.
+    """
+    plan, present = surgery.read_plan(model), surgery.read_plan(copy)
+    if changed is None:
+        changed = [name for name, spec in plan.items() if present.get(name) != spec]
+    names = [name for name in changed if name in plan]
+    _check_same_layers(plan, present, copy, names)
+
+    def make(name: str, dense: nn.Module, stand_in: type[LowRankLayer], rank: int) -> LowRankLayer:
+        layer = stand_in.from_spec(dense, plan[name])
+        theirs: Any = model.get_submodule(name)
+        if layer.norm is not None:
+            layer.norm.load_state_dict(theirs.norm.state_dict())
+        _fit(layer, theirs, dense)
+        return layer
+
+    fresh = {n: int(plan[n]["rank"]) for n in names if n not in present}
+    surgery.factorize_layers(copy, fresh, make)
+    for name in names:
+        if name in present:
+            layer: Any = copy.get_submodule(name)
+            _fit(layer, model.get_submodule(name), layer)
+    gone = [name for name in present if name not in plan]
+    if gone:
+        surgery.to_dense(copy)
+        give_structure(model, copy)
+
+
+def _fit(layer: LowRankLayer, like: Any, source: Any) -> None:
+    _, v = like.factors()
+    matrix = source.weight.detach().flatten(1).to(v)
+    layer.set_factors(matrix @ torch.linalg.pinv(v), v)
+
+
+def _check_same_layers(
+    plan: dict[str, Any], present: dict[str, Any], copy: nn.Module, names: Iterable[str]
+) -> None:
+    modules = dict(copy.named_modules())
+    for name in names:
+        if name not in modules:
+            raise PlanError(
+                f"the copy that is to follow has no layer {name!r}; follow a copy of the same "
+                "model (a wrapper must expose it as .module)"
+            )
+        if name in present and present[name] != plan[name]:
+            raise PlanError(f"{name} is {present[name]} in the copy, {plan[name]} in the model")

@@ -1,0 +1,384 @@
+"""start and Run: the only caller of a method's hooks, in one order, for every kind of loop.
+
+A step: gradients are accumulated, reduced and unscaled by the user's loop; `before_step` clips and
+lets the methods read them; the optimizer steps; `after_step` lets the methods change the model.
+A structural change ends a phase: the optimizer is rebound, followers get the same structure, the
+other methods are told, the model is wrapped and compiled again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankwise import accounting, checkpoint, distributed, surgery
+from rankwise.composition import check_methods, check_model, check_optimizer
+from rankwise.errors import LifeCycleError, PlanError
+from rankwise.followers import give_structure
+from rankwise.handle import ModelHandle, Wrap
+from rankwise.method import NO_CHANGE, Change, Context, Method
+from rankwise.optim.learning_rate import LearningRateScale
+from rankwise.optim.rebind import group_names, open_roles, rebind, regroup
+from rankwise.ranks import Plan
+
+if TYPE_CHECKING:
+    from rankwise.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+Probe = Callable[[nn.Module], float]
+
+
+def start(
+    model: nn.Module,
+    methods: Method | Sequence[Method],
+    optimizer: Optimizer | Callable[[nn.Module], Optimizer],
+    *,
+    steps_per_epoch: int | None = None,
+    total_steps: int | None = None,
+    sample: Any = None,
+    clip_norm: float | None = None,
+    wrap: Wrap | None = None,
+    probe: Probe | None = None,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+    hooks: bool = True,
+    seed: int = 0,
+    resume: str | Path | None = None,
+) -> Run:
+    """Begin a low-rank training run around a model, one or more methods and your own optimizer.
+
+    Prepares the model, makes the optimizer follow in place, and hangs on the optimizer's step
+    hooks, so that the loop stays as it is. Call it before building an LR scheduler and before
+    wrapping the model (DDP, torch.compile): give `wrap` instead.
+
+    Args:
+        model: the bare model; changed in place.
+        methods: a method, or several that compose.
+        optimizer: an instance that holds the model's parameters, or a factory called with the
+            prepared model. Its groups, learning rates, decay and state are kept.
+        steps_per_epoch: optimizer steps in an epoch, for options given in epochs.
+        total_steps: optimizer steps of the whole run, for options that are fractions of it.
+        sample: an example input (tensor, tuple of arguments, dict of keywords); without it the
+            first training forward is watched for execution order and shapes.
+        clip_norm: clip the gradients' global norm before the methods see them.
+        wrap: applied to the bare model now and again after every structural change; `run.model`
+            is then a stable handle.
+        probe: a loss of the model; recorded just before and after every structural change.
+        on_event: called with every event (a dict of numbers and strings).
+        hooks: False for loops that call `run.before_step` and `run.after_step` themselves.
+        seed: of the methods' own random numbers.
+        resume: a checkpoint of `rankwise.save`; the model and optimizer passed are then those of
+            a fresh start, and take on structure, values and state of the saved run.
+
+    Returns:
+        The run; train with `run.model`, end with `run.finish()`.
+
+    Raises:
+        LifeCycleError: a scheduler or wrapper came first, or the optimizer is not the model's.
+        CompositionError: methods that do not go together.
+        OptionError, SelectionError, PlanError: options that do not fit the model.
+        CheckpointError: a checkpoint that cannot be resumed.
+    """
+    methods = (methods,) if isinstance(methods, Method) else tuple(methods)
+    check_methods(methods)
+    check_model(model)
+    context = Context(steps_per_epoch, total_steps, seed)
+    if sample is not None:
+        context.trace = accounting.trace(model, sample)
+    if isinstance(optimizer, Optimizer):
+        check_optimizer(optimizer, model)
+    run = Run(model, methods, context, clip_norm, wrap, probe, on_event)
+    saved = None if resume is None else checkpoint.load(resume)
+    for method in methods:
+        method.attach(context)
+    prepared = NO_CHANGE if saved is not None else run._prepare()
+    run._adopt(optimizer, prepared)
+    if saved is not None:
+        run.load_state_dict(saved.run, saved.weights)
+        run.resumed = saved
+    run._begin(hooks)
+    return run
+
+
+class Run:
+    """A training run under way; made by `start`.
+
+    Attributes:
+        bare: the model without wrappers.
+        optimizer: the user's optimizer.
+        methods: in the order in which their hooks are called.
+        context: lengths, seed and execution trace, shared with the methods.
+        step: finished optimizer steps.
+        events: everything that happened, as dicts of numbers and strings.
+        resumed: the checkpoint this run came from, or None.
+    """
+
+    optimizer: Optimizer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: tuple[Method, ...],
+        context: Context,
+        clip_norm: float | None,
+        wrap: Wrap | None,
+        probe: Probe | None,
+        on_event: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.bare, self.methods, self.context = model, methods, context
+        self.clip_norm, self.probe, self.on_event = clip_norm, probe, on_event
+        self.step = 0
+        self.events: list[dict[str, Any]] = []
+        self.resumed: Checkpoint | None = None
+        self._handle = None if wrap is None else ModelHandle(model, wrap)
+        self._followers: list[nn.Module] = []
+        self._hooks: list[Any] = []
+        self._unproven: list[tuple[str, nn.Parameter]] = []
+        self._announced: Plan | None = None
+        self._watcher: Any = None
+
+    @property
+    def model(self) -> Any:
+        """What the loop calls: the bare model, or a stable handle to its present wrapper."""
+        return self.bare if self._handle is None else self._handle
+
+    @property
+    def plan(self) -> Plan | None:
+        """Which layers become low-rank, of the first method that decides it."""
+        plans = (getattr(method, "plan", None) for method in self.methods)
+        return next((plan for plan in plans if plan is not None), None)
+
+    def before_step(self) -> None:
+        """Call when gradients are accumulated, reduced and unscaled; the step hook does it."""
+        if self._watcher is not None and self._watcher.trace is not None:
+            self.context.trace, self._watcher = self._watcher.trace, None
+        if self._unproven:
+            distributed.compare_gradients(
+                (name, p.grad) for name, p in self._unproven if p.requires_grad
+            )
+            self._unproven = []
+        if self.clip_norm is not None:
+            held = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(held, self.clip_norm)
+        for method in self.methods:
+            method.before_step(self.bare, self.step + 1)
+        self._announce_plan()
+        self._lr.scale(math.prod(method.lr_scale(self.step + 1) for method in self.methods))
+
+    def after_step(self) -> Change:
+        """Call right after the optimizer's step; the step hook does it.
+
+        Returns:
+            What the methods changed, merged.
+        """
+        self._lr.restore()
+        self.step += 1
+        total = Change()
+        for method in self.methods:
+            began = time.perf_counter()
+            change = method.after_step(self.bare, self.step)
+            if change:
+                self._apply(change, method, began)
+                total = total | change
+        return total
+
+    def follow(self, copy: nn.Module) -> None:
+        """Keep an averaged copy of the model (EMA, SWA) in step with structural changes.
+
+        Its low-rank layers get its own weights, expressed in the basis of the model's V, so that
+        averaging factors stays meaningful. Wrappers with a `.module` are looked through.
+        """
+        inner: nn.Module = getattr(copy, "module", copy)
+        give_structure(self.bare, inner)
+        self._followers.append(inner)
+
+    def finish(self) -> nn.Module:
+        """End the run: finalise the methods, take the hooks off, return the bare model."""
+        for method in self.methods:
+            began = time.perf_counter()
+            change = method.finalize(self.bare)
+            if change:
+                self._apply(change, method, began, kind="finalize")
+            switch = getattr(method, "switch_step", None)
+            if isinstance(switch, int) and self.step < switch:
+                logger.warning(
+                    "%s never switched: the run ended after step %d, the switch was due after %d",
+                    type(method).__name__,
+                    self.step,
+                    switch,
+                )
+        self._lr.restore()
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks.clear()
+        if self._watcher is not None:
+            self._watcher.remove()
+        return self.bare
+
+    def state_dict(self) -> dict[str, Any]:
+        """Structure, optimizer, methods and position: loads with weights_only=True.
+
+        The weights are not in it: `run.bare.state_dict()` holds them.
+        """
+        return {
+            "step": self.step,
+            "plan": surgery.read_plan(self.bare),
+            "methods": {key: method.state_dict() for key, method in self._keyed_methods()},
+            "parameter_names": group_names(self.optimizer, self.bare),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+        """Take on a saved run's structure, weights and state; before the first step only.
+
+        Args:
+            state_dict: what `state_dict` returned.
+            weights: the bare model's state dict of that moment.
+
+        Raises:
+            PlanError: the structure does not fit this model.
+            LifeCycleError: other methods or parameter groups than the saved run's.
+        """
+        if self.step:
+            raise LifeCycleError(
+                f"a run is resumed before its first step, this one is at {self.step}"
+            )
+        own, saved = [k for k, _ in self._keyed_methods()], list(state_dict["methods"])
+        if own != saved:
+            raise LifeCycleError(f"the saved run used the methods {saved}, this one has {own}")
+        change = surgery.impose_plan(self.bare, state_dict["plan"])
+        try:
+            self.bare.load_state_dict(dict(weights))
+        except RuntimeError as error:
+            raise PlanError(f"the saved weights do not fit this model: {error}") from error
+        regroup(self.optimizer, self.bare, state_dict["parameter_names"])
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.step = int(state_dict["step"])
+        for key, method in self._keyed_methods():
+            method.load_state_dict(state_dict["methods"][key])
+            method.on_change(self.bare, change)
+
+    def _keyed_methods(self) -> Iterable[tuple[str, Method]]:
+        return ((f"{i}:{type(m).__name__}", m) for i, m in enumerate(self.methods))
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        return {p: name for name, p in self.bare.named_parameters()}
+
+    def _adopt(
+        self, optimizer: Optimizer | Callable[[nn.Module], Optimizer], prepared: Change
+    ) -> None:
+        given = isinstance(optimizer, Optimizer)
+        self.optimizer = optimizer if given else optimizer(self.bare)
+        if not given:
+            check_optimizer(self.optimizer, self.bare)
+        for method in self.methods:
+            open_roles(self.optimizer, method.roles())
+        if given and prepared:
+            rebind(self.optimizer, prepared, self._names())
+        self._lr = LearningRateScale(self.optimizer)
+        # A GradScaler calls the step of a fused optimizer with scaled gradients, also on steps that
+        # are to be skipped. Without this mark it unscales and skips itself, for the same weights.
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            setattr(self.optimizer, "_step_supports_amp_scaling", False)  # noqa: B010
+
+    def _prepare(self) -> Change:
+        total = Change()
+        for method in self.methods:
+            change = method.prepare(self.bare)
+            for other in self.methods:
+                if change and other is not method:
+                    other.on_change(self.bare, change)
+            total = total | change
+        return total
+
+    def _begin(self, hooks: bool) -> None:
+        distributed.agree(repr(surgery.read_plan(self.bare)), "the structure of the model")
+        if self.context.trace is None:
+            self._watcher = accounting.watch(self.bare)
+        if self._handle is not None:
+            self._handle.wrap_again()
+        self._announce_plan()
+        if hooks:
+            self._hooks = [
+                self.optimizer.register_step_pre_hook(self._on_step),
+                self.optimizer.register_step_post_hook(lambda *_: self._after_hook()),
+            ]
+
+    def _on_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # args[0] is the optimizer itself; Accelerate passes closure=None by position.
+        if any(a is not None for a in (*args[1:], kwargs.get("closure"))):
+            raise LifeCycleError(
+                "optimizer.step(closure) computes its gradients after the step hook, so the "
+                "methods cannot see them; call backward() before step(), or start(..., "
+                "hooks=False) and call run.before_step() inside the closure and run.after_step() "
+                "behind the step"
+            )
+        self.before_step()
+
+    def _after_hook(self) -> None:
+        self.after_step()
+
+    def _apply(self, change: Change, method: Method, began: float, kind: str = "switch") -> None:
+        before = after = None
+        if change.modules and self.probe is not None:
+            with surgery.undone(self.bare, change):
+                before = self.probe(self.bare)
+        moments = rebind(self.optimizer, change, self._names())
+        if change.structural:
+            self._end_phase(change, method)
+        if change.modules and self.probe is not None:
+            after = self.probe(self.bare)
+        stored = accounting.parameters(self.bare).stored
+        self._record(
+            {
+                "event": kind,
+                "step": self.step,
+                "method": type(method).__name__,
+                "layers": len(change.modules),
+                "parameters": [stored - change.growth(), stored],
+                "loss_before": before,
+                "loss_after": after,
+                "moments": {**vars(moments), "unknown": list(moments.unknown)},
+                "seconds": time.perf_counter() - began,
+                **change.notes,
+            }
+        )
+
+    def _end_phase(self, change: Change, method: Method) -> None:
+        distributed.agree(repr(surgery.read_plan(self.bare)), "the structure after the switch")
+        new = [p for s in (*change.replaced.values(), *change.added.values()) for p in s.parameters]
+        # Decompositions may differ in the last bits between machines: worker 0's count.
+        states = [t for p in new for t in self.optimizer.state.get(p, {}).values()]
+        distributed.broadcast_([p.data for p in new] + [t for t in states if isinstance(t, Tensor)])
+        for copy in self._followers:
+            give_structure(self.bare, copy, change.modules)
+        for other in self.methods:
+            if other is not method:
+                other.on_change(self.bare, change)
+        if self._handle is not None:
+            self._handle.wrap_again()
+        elif distributed.workers() > 1:
+            names = self._names()
+            self._unproven = [(names[p], p) for p in new if p in names]
+
+    def _announce_plan(self) -> None:
+        plan = self.plan
+        if plan is None or plan is self._announced:
+            return
+        self._announced = plan
+        layers = [dict(vars(layer)) for layer in plan.layers]
+        self._record(
+            {"event": "plan", "step": self.step, "summary": plan.summary(), "layers": layers}
+        )
+
+    def _record(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        if self.on_event is not None:
+            self.on_event(event)
