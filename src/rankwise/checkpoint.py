@@ -1,0 +1,235 @@
+"""Checkpoints of a run: everything an exact resume needs, and the promise that loading is safe.
+
+`storage` says how a directory is laid out, written and verified; here is what it holds.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from rankwise import __version__, distributed, storage
+from rankwise.errors import CheckpointError
+from rankwise.surgery import read_plan
+
+
+class Saveable(Protocol):
+    """What is saved of a run."""
+
+    @property
+    def bare(self) -> nn.Module:
+        """The model without wrappers."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint read back, all of it on the CPU.
+
+    Attributes:
+        path: the step directory.
+        step: finished optimizer steps.
+        run: what `Run.state_dict` returned.
+        weights: the bare model's state dict. Tensors are stored contiguous; `load_state_dict`
+            copies their values into each parameter's own memory format.
+        extra: what the training loop gave to `save`: recipe, scheduler, position in the data.
+        random: worker -> state of its random number generators.
+        meta: what meta.json says: versions, step, workers, plan, recipe.
+    """
+
+    path: Path
+    step: int
+    run: dict[str, Any] = field(repr=False)
+    weights: dict[str, Any] = field(repr=False)
+    extra: dict[str, Any] = field(repr=False)
+    random: dict[int, dict[str, Any]] = field(repr=False)
+    meta: dict[str, Any] = field(repr=False)
+
+    def restore_random(self) -> None:
+        """Put this worker's global generators where they were: torch, CUDA, random, NumPy.
+
+        CUDA devices that are not there any more are passed over.
+
+        Raises:
+            CheckpointError: the run that saved had fewer workers than this one.
+        """
+        worker, saved = distributed.worker(), len(self.random)
+        if worker not in self.random:
+            raise CheckpointError(
+                f"{self.path} was saved by {saved} worker(s) and holds no random state for worker "
+                f"{worker}; resume with {saved} worker(s), or leave restore_random() out and seed "
+                "this worker anew: weights and optimizer are right, random draws will differ"
+            )
+        state = self.random[worker]
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available():
+            for device, one in enumerate(state["cuda"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(one, device)
+        random.setstate(state["python"])
+        kind, key, *rest = state["numpy"]
+        # The global generator is what augmentation code draws from.
+        np.random.set_state((kind, key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    kind, key, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if cuda else [],
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(key).astype(np.int64)), *rest),
+    }
+
+
+def save(
+    directory: str | Path, run: Saveable, *, extra: Mapping[str, Any] | None = None, keep: int = 2
+) -> Path:
+    """Write `directory/step-<step>/`; with several workers all call it and worker 0 writes.
+
+    Args:
+        directory: of this run alone; made if missing.
+        run: the run, between two steps.
+        extra: what the loop needs to go on: tensors, numbers, strings, tuples, lists, dicts. A
+            value under "recipe" is also put into meta.json and has to be plain JSON.
+        keep: how many checkpoints stay, at least 1: the new one, and those of the highest steps.
+            Others are removed once the new one stands.
+
+    Returns:
+        The step directory, on every worker.
+
+    Raises:
+        CheckpointError: on every worker: disk full, not permitted, or a value that could not be
+            loaded without executing code. Earlier checkpoints are whole.
+    """
+    if keep < 1:
+        raise CheckpointError(f"keep={keep} would leave no checkpoint; keep at least 1")
+    states = dict(enumerate(distributed.gather(_random_state())))
+    final = Path(directory) / storage.name_of(run.step)
+    failure = "it stopped while saving"
+    try:
+        if distributed.worker() == 0:
+            state = {"run": run.state_dict(), "extra": dict(extra or {}), "random": states}
+            storage.write(final, run.bare.state_dict(), state, _describe(run, state))
+            storage.prune(final, keep)
+        failure = ""
+    except CheckpointError as error:
+        failure = str(error)
+        raise
+    finally:
+        # Worker 0 answers whatever happened to it, because the others wait here.
+        failure = distributed.share(failure)
+    if failure:
+        raise CheckpointError(f"worker 0 could not save: {failure}")
+    return final
+
+
+def _describe(run: Saveable, state: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = state["extra"].get("recipe")
+    try:
+        json.dumps(recipe)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"extra['recipe'] goes into {storage.META} and has to be plain JSON: {error}"
+        ) from error
+    return {
+        "rankwise": __version__,
+        "torch": str(torch.__version__),
+        "step": run.step,
+        "workers": len(state["random"]),
+        "plan": read_plan(run.bare),
+        "recipe": recipe,
+    }
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read and verify a checkpoint; nothing in it is executed. Not a collective.
+
+    Args:
+        path: a step directory, or the directory that holds them: then the newest. A newest one
+            that is corrupt is an error that names the newest whole one, not a silent step back.
+
+    Raises:
+        CheckpointError: missing, foreign, corrupt, of a newer format, or unsafe.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}: there is no such directory")
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is a file; a checkpoint is a directory step-<number>: give that or its parent"
+        )
+    try:
+        if storage.is_step(path) or (path / storage.META).is_file():
+            return _read(path)
+        steps = storage.present(path)
+        if not steps:
+            raise CheckpointError(_foreign(path))
+        return _newest(steps)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror} ({error.filename}); "
+            "check its permissions and the disk"
+        ) from error
+
+
+def _newest(steps: list[Path]) -> Checkpoint:
+    try:
+        return _read(steps[0])
+    except CheckpointError as error:
+        for older in steps[1:]:
+            try:
+                storage.verify(older)
+            except CheckpointError:
+                continue
+            raise CheckpointError(
+                f"{error}; the newest whole one is {older}: give its path"
+            ) from error
+        raise CheckpointError(
+            f"{error}; no other checkpoint in {steps[0].parent} is whole"
+        ) from error
+
+
+def _read(path: Path) -> Checkpoint:
+    meta, weights, state = storage.read(path)
+    run, extra, states = (state.get(key) for key in ("run", "extra", "random"))
+    if not (isinstance(run, dict) and isinstance(extra, dict) and isinstance(states, dict)):
+        raise CheckpointError(f"{path / storage.STATE} holds no run of this library: refused")
+    return Checkpoint(path, int(meta["step"]), run, weights, extra, states, meta)
+
+
+def _foreign(path: Path) -> str:
+    names = sorted(p.name for p in path.iterdir())
+    known = {
+        "config.json": "a Hugging Face model; load its weights into your model yourself",
+        ".metadata": "a torch.distributed.checkpoint; load it with torch",
+    }
+    maker = next((text for name, text in known.items() if name in names), "")
+    if not maker and any(name.endswith((".ckpt", ".pt", ".pth", ".bin")) for name in names):
+        maker = "files of another tool; load their weights into your model yourself"
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
+    return (
+        f"{path} holds no checkpoint of rankwise.save (no step-<number> directory), but {shown}"
+        + (
+            f": this looks like {maker}"
+            if maker
+            else "; give the directory passed to rankwise.save"
+        )
+    )
