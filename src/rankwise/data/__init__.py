@@ -1,0 +1,56 @@
+"""The data sets that a recipe can name. They are whole in memory and know nothing of rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rankwise.data.folder import load_folder
+from rankwise.data.mnist import load_mnist
+from rankwise.data.splits import Split, Splits, batches, steps_per_epoch
+from rankwise.errors import OptionError, unknown
+
+__all__ = ["DATA", "Source", "Split", "Splits", "batches", "load", "steps_per_epoch"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One entry of the registry: what the data are, in a line."""
+
+    description: str
+
+
+DATA: dict[str, Source] = {
+    "mnist-5k": Source(
+        description="5,000 MNIST digits, 28x28 grey: 4,000 train, 500 validation, 500 test"
+    ),
+    "folder:PATH": Source(
+        description="any folder of images with one sub-folder a class, with or without train/test"
+    ),
+}
+
+
+def load(name: str, *, size: int | None = None, progress: Progress | None = None) -> Splits:
+    """Read a data set into memory, split and normalised by its training part.
+
+    Args:
+        name: a key of `DATA`; for a folder, `folder:` and its path.
+        size: side in pixels that folder images are brought to; 32 when nothing is said.
+        progress: called with (images read, images in all) while a folder is read.
+
+    Raises:
+        OptionError: an unknown name, or a size that the data set cannot have.
+        DataError: the data are missing or malformed.
+    """
+    kind, _, path = name.partition(":")
+    if kind == "folder":
+        if not path:
+            raise OptionError(f"data set '{name}' names no folder; write folder:PATH")
+        return load_folder(path, size=32 if size is None else size, progress=progress)
+    if name not in DATA:
+        raise OptionError(unknown("data set", name, DATA))
+    if size not in (None, 28):
+        raise OptionError(f"{name}: size={size}, but its images are 28x28; leave size out")
+    return load_mnist()

@@ -1,0 +1,195 @@
+"""Labelled images in three parts, and the order in which training reads them.
+
+Shapes: `N` images, `C` channels, `H` height, `W` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankwise.errors import DataError, OptionError
+
+# Which images validate and test is part of the data set, so no run's seed touches it.
+SPLIT_SEED = 2021
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One part of a data set, whole in memory."""
+
+    images: Tensor  # (N, C, H, W) float32, each channel normalised by the training part
+    labels: Tensor  # (N,) int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Splits:
+    """A data set: what trains, what chooses, and what is looked at once, at the end."""
+
+    name: str
+    classes: tuple[str, ...]  # a label is an index into these
+    train: Split
+    validation: Split
+    test: Split
+    checksum: str  # first 16 hexadecimal digits of the SHA-256 of the content read
+
+
+def steps_per_epoch(split: Split, batch_size: int) -> int:
+    """Whole global batches in one pass; the rest of the images wait for another shuffle.
+
+    Raises:
+        OptionError: `batch_size` is below 1.
+        DataError: the split does not fill one batch.
+    """
+    if batch_size < 1:
+        raise OptionError(f"batch_size={batch_size}; a batch holds at least 1 image")
+    if len(split) < batch_size:
+        raise DataError(
+            f"{len(split):,} images do not fill one batch of {batch_size:,}; "
+            f"lower the batch size to at most {len(split):,}"
+        )
+    return len(split) // batch_size
+
+
+def batches(
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    worker: int = 0,
+    workers: int = 1,
+    start: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One shuffled pass over a split, in whole batches.
+
+    The order depends on seed and epoch alone: the workers of one run cut the same global batches
+    into disjoint parts, and a run resumed at `start` reads what it would have read.
+
+    Args:
+        split: what to read.
+        batch_size: images in a global batch, that is of all workers together.
+        seed: of the run, at least 0.
+        epoch: passes before this one.
+        worker: which part of each batch, from 0.
+        workers: parts that a batch is cut into; divides `batch_size`.
+        start: global batches to skip.
+
+    Returns:
+        Pairs of images (B, C, H, W) and labels (B,), B = batch_size / workers.
+
+    Raises:
+        OptionError: a number out of its range.
+        DataError: the split does not fill one batch.
+    """
+    steps = steps_per_epoch(split, batch_size)
+    if workers < 1 or not 0 <= worker < workers:
+        raise OptionError(f"worker={worker} of workers={workers}; workers count from 0")
+    if batch_size % workers:
+        raise OptionError(
+            f"batch_size={batch_size} counts the images of all workers together and is not "
+            f"divisible by workers={workers}; "
+            f"{max(workers, batch_size - batch_size % workers)} would be"
+        )
+    if not 0 <= start <= steps:
+        raise OptionError(f"start={start}; an epoch of this split has {steps} batches")
+    if seed < 0 or epoch < 0:
+        raise OptionError(f"seed={seed}, epoch={epoch}; neither may be negative")
+    return _walk(split, batch_size, _order(len(split), seed, epoch), worker, workers, start)
+
+
+def _walk(
+    split: Split, batch_size: int, order: Tensor, worker: int, workers: int, start: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for step in range(start, len(split) // batch_size):
+        chosen = order[step * batch_size : (step + 1) * batch_size][worker::workers]
+        yield split.images[chosen], split.labels[chosen]
+
+
+def _order(count: int, seed: int, epoch: int) -> Tensor:  # -> (N,)
+    # Mixed by a hash: with seed + epoch, two seeds would share most of their epochs.
+    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(int(mixed[0])))
+
+
+def stratified(
+    labels: np.ndarray, fractions: Sequence[float], classes: Sequence[str]
+) -> list[np.ndarray]:
+    """Cut indices into a first part and one part for each fraction, alike in every class.
+
+    Args:
+        labels: (N,) class of each image.
+        fractions: share of each class that goes to the parts after the first; a part gets at
+            least one image of each class.
+        classes: the name of each label.
+
+    Returns:
+        Sorted indices: the rest, then one array for each fraction.
+
+    Raises:
+        DataError: a class has fewer images than there are parts.
+    """
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    parts: list[list[np.ndarray]] = [[] for _ in range(len(fractions) + 1)]
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) < len(parts):
+            raise DataError(
+                f"class '{classes[label]}' has {len(members)} image(s), too few to give each of "
+                f"{len(parts)} splits one; add images or make the splits yourself"
+            )
+        total = len(members)
+        members = members[torch.randperm(len(members), generator=generator).numpy()]
+        for part, fraction in enumerate(fractions, start=1):
+            count = max(1, round(fraction * total))
+            parts[part].append(members[:count])
+            members = members[count:]
+        parts[0].append(members)
+    return [np.sort(np.concatenate(part)) for part in parts]
+
+
+def normalised(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> tuple[Split, Split, Split]:
+    """Turn bytes into training, validation and test splits, scaled by the first one.
+
+    Args:
+        parts: training, validation, test: images (N, C, H, W) uint8 and labels (N,).
+
+    Returns:
+        The splits: in the training split every channel has mean 0 and standard deviation 1; a
+        channel that is constant there is only shifted.
+    """
+    mean, deviation = _statistics(parts[0][0])
+    train, validation, test = (
+        Split(
+            torch.from_numpy(images).float().sub_(mean).div_(deviation),
+            torch.from_numpy(labels).long(),
+        )
+        for images, labels in parts
+    )
+    return train, validation, test
+
+
+def _statistics(images: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, (C, 1, 1), exact whatever the number of threads."""
+    values = np.arange(256, dtype=np.float64)
+    means, deviations = [], []
+    for channel in range(images.shape[1]):
+        counts = np.bincount(images[:, channel].reshape(-1), minlength=256)
+        mean = float(counts @ values) / counts.sum()
+        variance = float(counts @ (values - mean) ** 2) / counts.sum()
+        means.append(mean)
+        deviations.append(variance**0.5 or 1.0)
+    shape = (-1, 1, 1)
+    return (
+        torch.tensor(means, dtype=torch.float32).view(shape),
+        torch.tensor(deviations, dtype=torch.float32).view(shape),
+    )
