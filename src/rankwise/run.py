@@ -86,7 +86,7 @@ def start(
         OptionError, SelectionError, PlanError: options that do not fit the model.
         CheckpointError: a checkpoint that cannot be resumed.
     """
-    methods = (methods,) if isinstance(methods, Method) else tuple(methods)
+    methods = tuple(methods) if isinstance(methods, Sequence) else (methods,)
     check_methods(methods)
     check_model(model)
     context = Context(steps_per_epoch, total_steps, seed)
@@ -254,6 +254,7 @@ class Run:
         if own != saved:
             raise LifeCycleError(f"the saved run used the methods {saved}, this one has {own}")
         change = surgery.impose_plan(self.bare, state_dict["plan"])
+        rebind(self.optimizer, change)
         try:
             self.bare.load_state_dict(dict(weights))
         except RuntimeError as error:

@@ -80,7 +80,7 @@ class Pufferfish(Method):
     def after_step(self, model: nn.Module, step: int) -> Change:
         if step != self.switch_step:
             return NO_CHANGE
-        change = factorize(model, self._decide(model))
+        change = factorize(model, self.plan or self._decide(model))
         return change | Change(notes={"lr_factor": self.lr_factor})
 
     def lr_scale(self, step: int) -> float:

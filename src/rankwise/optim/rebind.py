@@ -105,6 +105,7 @@ def rebind(
     for parameter in change.frozen:
         places.remove(parameter)
         optimizer.state.pop(parameter, None)
+    places.rename()
     reset = sum(
         forget_moments_(optimizer.state.get(p, {}), keep) for p, keep in change.rewritten.items()
     )
@@ -123,7 +124,7 @@ class _Places:
 
     def __init__(self, optimizer: Optimizer, names: Mapping[Parameter, str]) -> None:
         self.groups = optimizer.param_groups
-        self.names = names
+        self.names = {p: n for g in self.groups for p, n in _named(g)} | dict(names)
         self.group_of = {p: g for g in self.groups for p in g["params"]}
 
     def insert(self, anchor: Parameter, new: Successors, *, keep: bool) -> bool:
@@ -139,8 +140,6 @@ class _Places:
         else:
             at = len(target["params"])
         target["params"][at:at] = fresh
-        if "param_names" in target:
-            target["param_names"][at:at] = [self.names.get(p, "") for p in fresh]
         self.group_of |= dict.fromkeys(fresh, target)
         if not keep:
             self.remove(anchor)
@@ -149,10 +148,13 @@ class _Places:
     def remove(self, parameter: Parameter) -> None:
         group = self.group_of.pop(parameter, None)
         if group is not None:
-            at = _index(group, parameter)
-            del group["params"][at]
+            del group["params"][_index(group, parameter)]
+
+    def rename(self) -> None:
+        """Bring `param_names` up to date; a bias that stayed has moved to another name too."""
+        for group in self.groups:
             if "param_names" in group:
-                del group["param_names"][at]
+                group["param_names"] = [self.names.get(p, "") for p in group["params"]]
 
     def _twin(self, group: dict[str, Any], role: str | None) -> dict[str, Any]:
         if role is None or ROLE in group:
@@ -165,6 +167,10 @@ class _Places:
             f"the optimizer has no parameter group for the role {role!r}; rankwise.start makes it "
             "from Method.roles() before training"
         )
+
+
+def _named(group: Mapping[str, Any]) -> Iterable[tuple[Parameter, str]]:
+    return zip(group["params"], group["param_names"], strict=True) if "param_names" in group else ()
 
 
 def _index(group: Mapping[str, Any], parameter: Parameter) -> int:
