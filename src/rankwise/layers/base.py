@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise import linalg
-from rankwise.errors import FactorizeError, LifeCycleError, PlanError
+from rankwise.errors import FactorizeError, LifeCycleError, OptionError, PlanError, unknown
 
 INITS = ("spectral", "variance")
 
@@ -100,7 +100,10 @@ class LowRankLayer(nn.Module, ABC):
         Raises:
             PlanError: rank out of range.
             FactorizeError: weights that are not finite.
+            OptionError: unknown `init`.
         """
+        if init not in INITS:
+            raise OptionError(unknown("initialisation", str(init), INITS))
         layer = cls.like(dense, rank, norm=norm)
         matrix = dense.weight.detach().flatten(1)
         if init == "spectral":
@@ -185,7 +188,9 @@ class LowRankLayer(nn.Module, ABC):
         else:
             scale, shift = self._norm_as_affine()
             bias = self.u.weight.flatten(1) @ shift
-            dense.bias = nn.Parameter(bias if self.u.bias is None else self.u.bias + bias)
+            owner = self.u.weight if self.u.bias is None else self.u.bias
+            bias = bias if self.u.bias is None else self.u.bias + bias
+            dense.bias = nn.Parameter(bias, requires_grad=owner.requires_grad)
             u = u * scale
         dense.weight.copy_((u @ v).reshape(self.weight_shape))
         dense.weight.requires_grad_(self.u.weight.requires_grad)
@@ -224,6 +229,8 @@ def check_rank(rank: int, shape: tuple[int, ...], kind: str) -> None:
     for size in shape[1:]:
         columns *= size
     full = min(rows, columns)
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise PlanError(f"rank {rank!r} is no rank; it must be a whole number, 1 to {full}")
     if not 1 <= rank <= full:
         raise PlanError(
             f"rank {rank} does not fit a {kind} weight of {rows}×{columns}: its full rank is "

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from rankwise import accounting, surgery
+from rankwise import accounting, selection, surgery
+from rankwise.errors import OptionError
 from rankwise.method import NO_CHANGE, Change, Context
 from rankwise.ranks.rules import MatrixShape, Rule, as_rule
 
@@ -29,7 +30,8 @@ class LayerPlan:
         rank: None if it stays dense.
         reason: why it stays dense.
         parameters: numbers its weight stores: dense, planned.
-        flops: of one forward of the sample, dense and planned; None without a sample.
+        flops: of one forward of the sample, dense and planned; None without a sample, for a layer
+            that it did not call, and where they are not those of one matrix product.
     """
 
     name: str
@@ -138,8 +140,8 @@ def plan(
     rule: Rule | int | float | str,
     sample: Any = None,
     *,
-    layers: surgery.Layers = "auto",
-    exclude: surgery.Layers = (),
+    layers: selection.Layers = "auto",
+    exclude: selection.Layers = (),
     keep_first: int = 1,
     keep_last: int = 1,
     norm: bool = False,
@@ -174,8 +176,8 @@ def plan(
     rule = as_rule(rule)
     if trace is None and sample is not None:
         trace = accounting.trace(model, sample)
-    candidates = surgery.survey(model, trace)
-    reasons = surgery.select(
+    candidates = selection.survey(model, trace)
+    reasons = selection.select(
         model, layers, exclude, keep_first=keep_first, keep_last=keep_last, trace=trace
     )
     shapes = {n: _matrix(c.shape, norm) for n, c in candidates.items()}
@@ -192,10 +194,21 @@ def plan(
         lines.append(_line(name, candidate, shapes[name], rank, reason, trace))
         if leader[name] == name:
             saved += lines[-1].parameters[0] - lines[-1].parameters[1]
-    notes = () if trace else ("layers in order of definition; with sample=, in order of execution",)
-    return Plan(
-        tuple(lines), (total, total - saved), _flops(model, lines, sample, trace), norm, notes
-    )
+    flops = _flops(model, lines, sample, trace)
+    return Plan(tuple(lines), (total, total - saved), flops, norm, _notes(model, candidates, trace))
+
+
+def _notes(
+    model: nn.Module, candidates: Mapping[str, selection.Candidate], trace: Trace | None
+) -> tuple[str, ...]:
+    notes = []
+    if trace is None:
+        notes.append("layers in order of definition; with sample=, in order of execution")
+    others = [f"{n} ({kind})" for n, kind in selection.unlisted(model, candidates).items()]
+    if others:
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        notes.append(f"matrices with no low-rank form here: {', '.join(others[:4])}{more}")
+    return tuple(notes)
 
 
 def _matrix(shape: tuple[int, ...], norm: bool) -> MatrixShape:
@@ -204,7 +217,7 @@ def _matrix(shape: tuple[int, ...], norm: bool) -> MatrixShape:
 
 def _line(
     name: str,
-    candidate: surgery.Candidate,
+    candidate: selection.Candidate,
     shape: MatrixShape,
     rank: int | None,
     reason: str,
@@ -213,10 +226,10 @@ def _line(
     planned = shape.dense if rank is None else rank * shape.per_rank
     calls = () if trace is None else trace.calls.get(name, ())
     flops = None
-    if trace is not None:
-        positions = sum(math.prod(c.output) for c in calls) // candidate.shape[0]
-        if isinstance(candidate.module, nn.Embedding):
-            positions = 0
+    if calls and isinstance(candidate.module, (nn.Linear, nn.modules.conv._ConvNd)):
+        transposed = getattr(candidate.module, "transposed", False)  # (I, O, K...): per input
+        touched = sum(math.prod(c.input if transposed else c.output) for c in calls)
+        positions = touched // candidate.shape[0]
         each = planned if rank is None else rank * (shape.rows + shape.columns)
         flops = (2 * positions * shape.dense, 2 * positions * each)
     kind = type(candidate.module).__name__
@@ -267,6 +280,7 @@ def factorize(
         SelectionError: nothing selected.
         PlanError: a rank out of range.
         FactorizeError: weights that are not finite.
+        OptionError: unknown `init`, or a choice beside a plan that has made it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10))
@@ -278,7 +292,14 @@ def factorize(
           (u): Linear(in_features=16, out_features=64, bias=True)
         )
     """
+    if isinstance(rule, (Plan, Mapping)) and choice:
+        raise OptionError(
+            f"{', '.join(choice)}: the {type(rule).__name__} given has chosen the layers already; "
+            "leave it out, or give a rank rule"
+        )
     if isinstance(rule, Plan):
+        if norm and not rule.norm:
+            raise OptionError("norm=True: the plan was made without; make it with norm=True")
         norm, ranks = rule.norm, rule.ranks
     elif isinstance(rule, Mapping):
         ranks = rule

@@ -7,8 +7,10 @@ smaller than dense below the break-even rank M N / (M + N). That guard is the sa
 from __future__ import annotations
 
 import fnmatch
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -66,6 +68,16 @@ class Rule(ABC):
     overrides: Mapping[str, int | float | None] = field(default_factory=dict)
     allow_growth: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.overrides, Mapping):
+            raise PlanError(f"overrides={self.overrides!r} must map layer globs to ranks")
+        for pattern, value in self.overrides.items():
+            if value is not None and not _is_rank_or_ratio(value):
+                raise PlanError(
+                    f"overrides: {value!r} for {pattern!r} is no rank (an int from 1), no ratio of "
+                    "the full rank (a float in (0, 1]) and not None (dense)"
+                )
+
     def __repr__(self) -> str:
         """The shortest call that builds this rule."""
         own = [f for f in fields(self) if f.name not in ("overrides", "allow_growth")]
@@ -77,8 +89,14 @@ class Rule(ABC):
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @abstractmethod
-    def ranks(self, shapes: Mapping[str, MatrixShape], others: int) -> dict[str, int]:
-        """Ranks before the guard. `others`: parameters of the model outside these weights."""
+    def ranks(self, shapes: Mapping[str, MatrixShape], others: int, dense: int) -> dict[str, int]:
+        """Ranks before the guard.
+
+        Args:
+            shapes: the layers to decide, those with an override left out.
+            others: parameters that the model will have outside these weights.
+            dense: parameters of the dense model.
+        """
 
     def assign(self, shapes: Mapping[str, MatrixShape], others: int = 0) -> dict[str, Decision]:
         """Decide every layer.
@@ -98,7 +116,8 @@ class Rule(ABC):
             for name, d in fixed.items()
         )
         decided = dict(fixed)
-        for name, rank in self.ranks(free, others + taken).items() if free else ():
+        dense = others + sum(shape.dense for shape in shapes.values())
+        for name, rank in self.ranks(free, others + taken, dense).items():
             decided[name] = self._guard(rank, free[name])
         return {name: decided[name] for name in shapes}
 
@@ -128,10 +147,10 @@ class Rule(ABC):
         if value is None:
             return Decision(None, "dense by override")
         rank = value if isinstance(value, int) else max(1, round(value * shape.full_rank))
-        if not 1 <= rank <= shape.full_rank:
+        if rank > shape.full_rank:
             raise PlanError(
-                f"overrides: rank {rank} for {name} ({shape.rows}×{shape.columns}) is outside "
-                f"1 ... {shape.full_rank}"
+                f"overrides: rank {rank} for {name} ({shape.rows}×{shape.columns}) is above its "
+                f"full rank {shape.full_rank}"
             )
         return self._guard(rank, shape)
 
@@ -148,10 +167,13 @@ class Fixed(Rule):
     rank: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or self.rank != int(self.rank) or self.rank < 1:
-            raise PlanError(f"rank {self.rank} is no rank; it must be a whole number, 1 or more")
+        super().__post_init__()
+        if not _is_whole(self.rank, at_least=1):
+            raise PlanError(f"rank {self.rank!r} is no rank; it must be a whole number, 1 or more")
 
-    def ranks(self, shapes: Mapping[str, MatrixShape], others: int) -> dict[str, int]:
+    def ranks(self, shapes: Mapping[str, MatrixShape], others: int, dense: int) -> dict[str, int]:
+        if not shapes:
+            return {}
         largest = max(shapes, key=lambda n: shapes[n].full_rank)
         if self.rank > shapes[largest].full_rank:
             shape = shapes[largest]
@@ -180,13 +202,14 @@ class Ratio(Rule):
     multiple: int = 8
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
+        super().__post_init__()
+        if not _is_number(self.ratio) or not 0 < self.ratio <= 1:
             raise PlanError(
-                f"ratio {self.ratio} is outside (0, 1]: it multiplies a layer's full rank"
+                f"ratio {self.ratio!r} is outside (0, 1]: it multiplies a layer's full rank"
             )
         _check_multiple(self.multiple)
 
-    def ranks(self, shapes: Mapping[str, MatrixShape], others: int) -> dict[str, int]:
+    def ranks(self, shapes: Mapping[str, MatrixShape], others: int, dense: int) -> dict[str, int]:
         return {
             name: _rounded(self.ratio * shape.full_rank, self.multiple, shape.full_rank)
             for name, shape in shapes.items()
@@ -211,16 +234,17 @@ class Budget(Rule):
     multiple: int = 8
 
     def __post_init__(self) -> None:
-        if isinstance(self.parameters, float) and not 0 < self.parameters <= 1:
-            raise PlanError(f"budget {self.parameters} is outside (0, 1]; a count is an int")
-        if self.parameters < 1 and isinstance(self.parameters, int):
-            raise PlanError(f"budget of {self.parameters} parameters: it must be positive")
+        super().__post_init__()
+        if not _is_rank_or_ratio(self.parameters):
+            raise PlanError(
+                f"budget {self.parameters!r} is neither a fraction of the dense model's parameters "
+                "(a float in (0, 1]) nor their number (an int from 1)"
+            )
         if self.allow_growth:
             raise PlanError("a budget never lets a layer grow; drop allow_growth")
         _check_multiple(self.multiple)
 
-    def ranks(self, shapes: Mapping[str, MatrixShape], others: int) -> dict[str, int]:
-        dense = others + sum(s.dense for s in shapes.values())
+    def ranks(self, shapes: Mapping[str, MatrixShape], others: int, dense: int) -> dict[str, int]:
         target = (
             int(self.parameters * dense) if isinstance(self.parameters, float) else self.parameters
         )
@@ -294,8 +318,23 @@ def _rounded(rank: float, multiple: int, full: int) -> int:
 
 
 def _check_multiple(multiple: int) -> None:
-    if multiple < 1:
-        raise PlanError(f"multiple={multiple}: ranks can be rounded to multiples of 1 or more")
+    if not _is_whole(multiple, at_least=1):
+        raise PlanError(
+            f"multiple={multiple!r}: ranks can be rounded to multiples of a whole number, 1 or more"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any, *, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _is_rank_or_ratio(value: Any) -> bool:
+    """An int counts, a float is a fraction: 1 and 1.0 differ."""
+    return _is_whole(value, at_least=1) or (isinstance(value, float) and 0 < value <= 1)
 
 
 RULES: dict[str, type[Rule]] = {cls.name: cls for cls in (Fixed, Ratio, Budget)}
@@ -334,7 +373,9 @@ def as_rule(value: Any) -> Rule:
 
 def _number(text: str, whole: str) -> int | float:
     try:
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
+        with suppress(ValueError):
+            return int(text)
+        return float(text)
     except ValueError as error:
         raise OptionError(
             f"rank rule {whole!r}: {text!r} is no number; write 32, 0.25, rank=32, ratio=0.25 or "
