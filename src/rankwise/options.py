@@ -6,6 +6,7 @@ Imports no torch, so that `rankwise --help` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -49,14 +50,20 @@ def option(
 
 
 def validate(options: Any) -> None:
-    """Check every field of an options dataclass against its declared choices and range.
+    """Check every field of an options dataclass against its type, choices and range.
 
     Raises:
         OptionError: naming class, field, value and what is allowed.
     """
     owner = type(options).__name__
+    hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
         value, rule = getattr(options, field.name), field.metadata
+        wanted = _misfit(value, hints[field.name])
+        if wanted:
+            raise OptionError(
+                f"{owner}: {field.name}={value!r} must be {wanted} ({rule.get('help', '')})"
+            )
         if rule.get("choices") and value not in rule["choices"]:
             raise OptionError(f"{owner}: {unknown(field.name, str(value), rule['choices'])}")
         if value is None or isinstance(value, (str, bool)):
@@ -72,6 +79,22 @@ def validate(options: Any) -> None:
                     f"{owner}: {field.name}={value} is out of range; it must be {words} {limit} "
                     f"({rule['help']})"
                 )
+
+
+def _misfit(value: Any, hint: Any) -> str:
+    """What a plain number or switch should have been; empty if it is, or the type is another."""
+    kinds = [*(typing.get_args(hint) or (hint,))]
+    if value is None and types.NoneType in kinds:
+        return ""
+    kinds = [kind for kind in kinds if kind is not types.NoneType]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if kinds == [bool] and not isinstance(value, bool):
+        return "True or False"
+    if kinds == [int] and not whole:
+        return "a whole number"
+    if kinds == [float] and not (whole or (isinstance(value, float) and math.isfinite(value))):
+        return "a finite number"
+    return ""
 
 
 def build(cls: type[T], given: Mapping[str, Any]) -> T:
@@ -125,6 +148,8 @@ def _as_type(value: Any, hint: Any) -> Any:
     if hint in (int, float, str):
         if isinstance(value, bool):
             raise ValueError("a switch was given where a value is wanted")
+        if hint is str and not isinstance(value, (str, int, float)):
+            raise ValueError("a text is wanted")
         return hint(value)
     return value
 
