@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankwise import __version__, distributed, storage
-from rankwise.errors import CheckpointError
+from rankwise.errors import CheckpointError, unknown
 from rankwise.surgery import read_plan
 
 
@@ -86,6 +86,34 @@ class Checkpoint:
         kind, key, *rest = state["numpy"]
         # The global generator is what augmentation code draws from.
         np.random.set_state((kind, key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+
+    def restore_scheduler(self, scheduler: Any, key: str = "scheduler") -> None:
+        """Load a scheduler's state from `extra`, and put the optimizer's groups back after it.
+
+        Building a scheduler sets each group's learning rate (one-cycle: its momentum too) to that
+        of the very first step, and `scheduler.load_state_dict` alone leaves it there, so the
+        first resumed step would be of the wrong size.
+
+        Args:
+            scheduler: newly built on the optimizer that `rankwise.start` resumed.
+            key: under which `extra` holds its state.
+
+        Raises:
+            CheckpointError: `extra` has no such key.
+        """
+        if key not in self.extra:
+            raise CheckpointError(
+                f"{self.path} holds no state of a scheduler: {unknown('key', key, self.extra)}; "
+                f"save it with rankwise.save(..., extra={{'{key}': scheduler.state_dict()}})"
+            )
+        scheduler.load_state_dict(self.extra[key])
+        saved_groups = self.run["optimizer"]["param_groups"]
+        for group, saved in zip(scheduler.optimizer.param_groups, saved_groups, strict=True):
+            for name, value in saved.items():
+                if isinstance(group.get(name), Tensor):
+                    group[name].fill_(value)
+                elif name != "params":
+                    group[name] = value
 
 
 def _random_state() -> dict[str, Any]:

@@ -20,6 +20,7 @@ import pickle
 import re
 import shutil
 import uuid
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +44,8 @@ _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 _SCRATCH = ".rankwise-"
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _WHOLE = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+# Not bytes: empty ones do not load with weights_only.
+_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 # What torch and pickle raise on bytes that are no file of theirs; checksums come first, so only
@@ -97,6 +99,8 @@ def write(
         scratch.mkdir()
         _write_model(scratch / MODEL, tensors, aliases)
         _write_state(scratch / STATE, content)
+        # safetensors makes its file readable by the owner alone, whatever the umask says.
+        (scratch / MODEL).chmod((scratch / STATE).stat().st_mode)
         _write_meta(scratch, meta)
         for path in (*sorted(scratch.iterdir()), scratch):
             _flush(path)
@@ -337,7 +341,10 @@ def _read_model(file: Path) -> dict[str, Tensor]:
 
 def _read_state(file: Path) -> dict[str, Any]:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # A pickle protocol torch does not write: it is refused below, a warning adds nothing.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
