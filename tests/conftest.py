@@ -1,7 +1,8 @@
-"""Hypothesis draws the same examples in every run, so that a failure repeats."""
+"""Hypothesis draws the same examples in every run; one thread, as small tensors like it."""
 
 from __future__ import annotations
 
+import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -13,3 +14,4 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("rankwise")
+torch.set_num_threads(1)
