@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from rankwise.errors import LifeCycleError, WorkersDisagreeError
+from rankwise.handle import ModelHandle
 
 T = TypeVar("T")
 
@@ -99,8 +100,10 @@ def wrap(model: nn.Module, *, compile: bool = False) -> nn.Module:
     return torch.compile(model) if compile else model  # pyright: ignore[reportReturnType]
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel and torch.compile wrappers; not a collective."""
+def bare(model: Any) -> nn.Module:
+    """The model inside DDP, DataParallel, torch.compile and `run.model`; not a collective."""
+    if isinstance(model, ModelHandle):
+        model = model._bare
     while True:
         # Asking the compiled wrapper by its child keeps torch's compiler, slow to load, unloaded.
         compiled = model._modules.get("_orig_mod")
