@@ -506,6 +506,28 @@ def test_state_of_another_composition_is_refused() -> None:
         fresh.load_state_dict(state, model.state_dict())
 
 
+def test_a_scheduler_that_begins_anew_after_a_resume_is_warned_of(
+    caplog: pytest.LogCaptureFixture, tmp_path: Any
+) -> None:
+    model = network()
+    optimizer = sgd(model)
+    run = rankwise.start(model, pufferfish(), optimizer)
+    scheduler = StepLR(optimizer, 1, gamma=0.5)
+    train(model, optimizer, range(2), scheduler=scheduler)
+    rankwise.save(tmp_path, run, extra={"scheduler": scheduler.state_dict()})
+    for restored in (True, False):
+        caplog.clear()
+        model = network()
+        optimizer = sgd(model)
+        run = rankwise.start(model, pufferfish(), optimizer, resume=tmp_path)
+        scheduler = StepLR(optimizer, 1, gamma=0.5)
+        if restored:
+            assert run.resumed is not None
+            run.resumed.restore_scheduler(scheduler)
+        train(model, optimizer, range(2, 4), scheduler=scheduler)
+        assert ("begins anew" in caplog.text) != restored
+
+
 @pytest.mark.slow
 def test_compiled_model_goes_on_after_the_switch() -> None:
     torch._dynamo.reset()

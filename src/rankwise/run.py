@@ -143,6 +143,7 @@ class Run:
         self._unproven: list[tuple[str, nn.Parameter]] = []
         self._announced: Plan | None = None
         self._watcher: Any = None
+        self._saved_rates: list[float] = []
 
     @property
     def model(self) -> Any:
@@ -159,6 +160,7 @@ class Run:
         """Call when gradients are accumulated, reduced and unscaled; the step hook does it."""
         if self._watcher is not None and self._watcher.trace is not None:
             self.context.trace, self._watcher = self._watcher.trace, None
+        self._check_rates()
         if self._unproven:
             distributed.compare_gradients(
                 (name, p.grad) for name, p in self._unproven if p.requires_grad
@@ -261,6 +263,7 @@ class Run:
             raise PlanError(f"the saved weights do not fit this model: {error}") from error
         regroup(self.optimizer, self.bare, state_dict["parameter_names"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._saved_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.step = int(state_dict["step"])
         for key, method in self._keyed_methods():
             method.load_state_dict(state_dict["methods"][key])
@@ -271,6 +274,19 @@ class Run:
 
     def _names(self) -> dict[nn.Parameter, str]:
         return {p: name for name, p in self.bare.named_parameters()}
+
+    def _check_rates(self) -> None:
+        """Once after a resume: has a scheduler built since set the rates back to its first step?"""
+        now = [float(group["lr"]) for group in self.optimizer.param_groups]
+        if self._saved_rates and now != self._saved_rates:
+            logger.warning(
+                "resumed at step %d with learning rates %s, the saved run's were %s: a scheduler "
+                "built after start() begins anew; call run.resumed.restore_scheduler(scheduler)",
+                self.step,
+                now,
+                self._saved_rates,
+            )
+        self._saved_rates = []
 
     def _adopt(
         self, optimizer: Optimizer | Callable[[nn.Module], Optimizer], prepared: Change
