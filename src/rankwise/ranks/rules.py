@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -253,10 +254,12 @@ class Budget(Rule):
         steps = {name: _ladder(shape, self.multiple) for name, shape in shapes.items()}
         least = others + sum(_cost(steps[n][0], shapes[n]) for n in shapes)
         if least > target:
+            smaller = "allow smaller ranks (multiple=1), " if self.multiple > 1 else ""
+            enough = math.ceil(1000 * least / dense) / 1000
             raise PlanError(
                 f"a budget of {target:,} parameters is out of reach: with every selected layer at "
                 f"its smallest rank the model still has {least:,} (dense {dense:,}); select more "
-                f"layers, allow smaller ranks (multiple=1), or raise it to {least / dense:.3f}"
+                f"layers, {smaller}or raise it to {enough:.3f}"
             )
         return self._fill(shapes, steps, target - others)
 
@@ -267,10 +270,7 @@ class Budget(Rule):
         def at(scale: float) -> dict[str, int]:
             """Index on each layer's ladder: the highest step at or below the common ratio."""
             return {
-                name: max(
-                    0,
-                    sum(rank <= scale * shapes[name].full_rank for rank in ladder) - 1,
-                )
+                name: max(0, bisect_right(ladder, scale * shapes[name].full_rank) - 1)
                 for name, ladder in steps.items()
             }
 
