@@ -162,7 +162,9 @@ def test_second_moment_is_exact_for_uncorrelated_entries() -> None:
 
 def test_convolution_moments_follow_through_the_matrix_view_and_keep_the_format() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 8, 3)).to(memory_format=torch.channels_last)
+    model: Any = nn.Sequential(nn.Conv2d(4, 8, 3)).to(
+        memory_format=torch.channels_last  # pyright: ignore[reportCallIssue]
+    )
     dense: Any = model[0]
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)

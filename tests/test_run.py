@@ -58,10 +58,9 @@ def train(
             scheduler.step()
 
 
-def assert_same(a: nn.Module, b: nn.Module, **tolerance: float) -> None:
-    close = {"rtol": 0.0, "atol": 0.0, **tolerance}
+def assert_same(a: nn.Module, b: nn.Module, rtol: float = 0.0, atol: float = 0.0) -> None:
     for (name, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
-        torch.testing.assert_close(x, y, msg=lambda m, name=name: f"{name}: {m}", **close)
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_loop_of_the_readme() -> None:
@@ -220,7 +219,8 @@ def test_gradient_scaler_plain_and_fused_with_steps_it_skips(fused: bool) -> Non
 
 def test_fused_and_plain_adam_end_with_the_same_weights() -> None:
     models = []
-    for options in ({"fused": True}, {"foreach": True}, {"foreach": False}):
+    choices: tuple[dict[str, Any], ...] = ({"fused": True}, {"foreach": True}, {"foreach": False})
+    for options in choices:
         model = network()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
         rankwise.start(model, pufferfish(), optimizer)
@@ -263,7 +263,7 @@ def test_without_hooks_the_loop_calls_them_itself() -> None:
         return loss
 
     for _ in range(8):
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)  # pyright: ignore[reportArgumentType]
         run.after_step()
     assert_same(hooked, manual)
 
@@ -300,7 +300,7 @@ def test_an_optimizer_of_another_model_is_detected() -> None:
 def test_wrapped_and_compiled_models_are_refused_with_the_way_out() -> None:
     model = network()
     with pytest.raises(LifeCycleError, match=r"wrap=torch\.compile"):
-        rankwise.start(torch.compile(model), pufferfish(), sgd(model))  # type: ignore[arg-type]
+        rankwise.start(torch.compile(model), pufferfish(), sgd(model))  # pyright: ignore[reportArgumentType]
     with pytest.raises(LifeCycleError, match="wrap=DataParallel"):
         rankwise.start(nn.DataParallel(model), pufferfish(), sgd(model))
 
@@ -320,7 +320,7 @@ def test_a_factory_is_called_with_the_prepared_model() -> None:
 
     model = network()
     run = rankwise.start(model, rankwise.Factorized(8), factory)
-    assert isinstance(seen[0][2], LowRankLayer)  # type: ignore[index]
+    assert isinstance(seen[0].get_submodule("2"), LowRankLayer)
     train(model, run.optimizer, range(3))
     other = network()
     optimizer = sgd(other)
@@ -394,7 +394,7 @@ def test_composition_is_decided_by_what_methods_declare() -> None:
     with pytest.raises(CompositionError, match="Pufferfish and Factorized do not go together"):
         rankwise.start(model, [pufferfish(), rankwise.Factorized(8)], sgd(model))
     with pytest.raises(CompositionError, match=r"write Dense\(\)"):
-        rankwise.start(model, rankwise.Dense, sgd(model))  # type: ignore[arg-type]
+        rankwise.start(model, rankwise.Dense, sgd(model))  # pyright: ignore[reportArgumentType]
     with pytest.raises(CompositionError, match="no method given"):
         rankwise.start(model, [], sgd(model))
     run = rankwise.start(model, [rankwise.Dense(), pufferfish()], sgd(model))
@@ -430,11 +430,12 @@ def test_options_that_do_not_fit_fail_at_the_start(
 
 
 def test_epochs_and_fractions_become_steps() -> None:
-    for options, expected in (
+    cases: tuple[tuple[dict[str, Any], int], ...] = (
         ({"warmup_epochs": 0.5}, 10),
         ({"warmup_epochs": 2.0}, 40),
         ({}, 80),
-    ):
+    )
+    for options, expected in cases:
         model, method = network(), rankwise.Pufferfish(**options)
         rankwise.start(model, method, sgd(model), steps_per_epoch=20, total_steps=300)
         assert method.switch_step == expected
@@ -512,7 +513,7 @@ def test_a_scheduler_that_begins_anew_after_a_resume_is_warned_of(
     model = network()
     optimizer = sgd(model)
     run = rankwise.start(model, pufferfish(), optimizer)
-    scheduler = StepLR(optimizer, 1, gamma=0.5)
+    scheduler = LambdaLR(optimizer, lambda s: 0.5**s)
     train(model, optimizer, range(2), scheduler=scheduler)
     rankwise.save(tmp_path, run, extra={"scheduler": scheduler.state_dict()})
     for restored in (True, False):
@@ -520,7 +521,7 @@ def test_a_scheduler_that_begins_anew_after_a_resume_is_warned_of(
         model = network()
         optimizer = sgd(model)
         run = rankwise.start(model, pufferfish(), optimizer, resume=tmp_path)
-        scheduler = StepLR(optimizer, 1, gamma=0.5)
+        scheduler = LambdaLR(optimizer, lambda s: 0.5**s)
         if restored:
             assert run.resumed is not None
             run.resumed.restore_scheduler(scheduler)

@@ -1,7 +1,8 @@
-"""What must hold before a run starts: methods that compose, a bare model, its own optimizer."""
+"""What must hold before a run's first step: methods that compose, a bare model, its optimizer."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
@@ -11,6 +12,8 @@ from torch.optim import LBFGS, Optimizer
 from rankwise.errors import CompositionError, LifeCycleError
 from rankwise.method import Method
 from rankwise.optim.rebind import held_by
+
+logger = logging.getLogger(__name__)
 
 
 def check_methods(methods: Sequence[Method]) -> None:
@@ -87,4 +90,28 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
         raise LifeCycleError(
             f"the optimizer holds none of the parameters of {type(model).__name__}; build it from "
             "this model's parameters(), after the model was moved or changed"
+        )
+
+
+def leave_skipping_to_the_scaler(optimizer: Optimizer) -> None:
+    """Let a GradScaler unscale, and skip broken steps, by itself also for fused optimizers.
+
+    It calls the step of a fused optimizer with scaled gradients, even on steps that are to be
+    skipped, so step hooks would fire then. Without this mark on the instance it does not; the
+    weights and step counts are the same.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010
+
+
+def warn_of_new_rates(optimizer: Optimizer, saved: Sequence[float], step: int) -> None:
+    """Once after a resume: say so if a scheduler built since has set the rates back."""
+    now = [float(group["lr"]) for group in optimizer.param_groups]
+    if now != list(saved):
+        logger.warning(
+            "resumed at step %d with learning rates %s, the saved run's were %s: a scheduler built "
+            "after start() begins anew; call run.resumed.restore_scheduler(scheduler)",
+            step,
+            now,
+            list(saved),
         )

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise import accounting, checkpoint, distributed, surgery
-from rankwise.composition import check_methods, check_model, check_optimizer
+from rankwise.composition import (
+    check_methods,
+    check_model,
+    check_optimizer,
+    leave_skipping_to_the_scaler,
+    warn_of_new_rates,
+)
 from rankwise.errors import LifeCycleError, PlanError
 from rankwise.followers import give_structure
 from rankwise.handle import ModelHandle, Wrap
@@ -158,9 +164,11 @@ class Run:
 
     def before_step(self) -> None:
         """Call when gradients are accumulated, reduced and unscaled; the step hook does it."""
-        if self._watcher is not None and self._watcher.trace is not None:
+        if self._watcher and self._watcher.trace:
             self.context.trace, self._watcher = self._watcher.trace, None
-        self._check_rates()
+        if self._saved_rates:
+            warn_of_new_rates(self.optimizer, self._saved_rates, self.step)
+            self._saved_rates = []
         if self._unproven:
             distributed.compare_gradients(
                 (name, p.grad) for name, p in self._unproven if p.requires_grad
@@ -275,19 +283,6 @@ class Run:
     def _names(self) -> dict[nn.Parameter, str]:
         return {p: name for name, p in self.bare.named_parameters()}
 
-    def _check_rates(self) -> None:
-        """Once after a resume: has a scheduler built since set the rates back to its first step?"""
-        now = [float(group["lr"]) for group in self.optimizer.param_groups]
-        if self._saved_rates and now != self._saved_rates:
-            logger.warning(
-                "resumed at step %d with learning rates %s, the saved run's were %s: a scheduler "
-                "built after start() begins anew; call run.resumed.restore_scheduler(scheduler)",
-                self.step,
-                now,
-                self._saved_rates,
-            )
-        self._saved_rates = []
-
     def _adopt(
         self, optimizer: Optimizer | Callable[[nn.Module], Optimizer], prepared: Change
     ) -> None:
@@ -300,20 +295,21 @@ class Run:
         if given and prepared:
             rebind(self.optimizer, prepared, self._names())
         self._lr = LearningRateScale(self.optimizer)
-        # A GradScaler calls the step of a fused optimizer with scaled gradients, also on steps that
-        # are to be skipped. Without this mark it unscales and skips itself, for the same weights.
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            setattr(self.optimizer, "_step_supports_amp_scaling", False)  # noqa: B010
+        leave_skipping_to_the_scaler(self.optimizer)
 
     def _prepare(self) -> Change:
         total = Change()
         for method in self.methods:
             change = method.prepare(self.bare)
-            for other in self.methods:
-                if change and other is not method:
-                    other.on_change(self.bare, change)
+            if change:
+                self._tell_others(method, change)
             total = total | change
         return total
+
+    def _tell_others(self, method: Method, change: Change) -> None:
+        for other in self.methods:
+            if other is not method:
+                other.on_change(self.bare, change)
 
     def _begin(self, hooks: bool) -> None:
         distributed.agree(repr(surgery.read_plan(self.bare)), "the structure of the model")
@@ -325,7 +321,7 @@ class Run:
         if hooks:
             self._hooks = [
                 self.optimizer.register_step_pre_hook(self._on_step),
-                self.optimizer.register_step_post_hook(lambda *_: self._after_hook()),
+                self.optimizer.register_step_post_hook(self._on_stepped),
             ]
 
     def _on_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -339,7 +335,7 @@ class Run:
             )
         self.before_step()
 
-    def _after_hook(self) -> None:
+    def _on_stepped(self, *_: Any) -> None:
         self.after_step()
 
     def _apply(self, change: Change, method: Method, began: float, kind: str = "switch") -> None:
@@ -376,9 +372,7 @@ class Run:
         distributed.broadcast_([p.data for p in new] + [t for t in states if isinstance(t, Tensor)])
         for copy in self._followers:
             give_structure(self.bare, copy, change.modules)
-        for other in self.methods:
-            if other is not method:
-                other.on_change(self.bare, change)
+        self._tell_others(method, change)
         if self._handle is not None:
             self._handle.wrap_again()
         elif distributed.workers() > 1:
