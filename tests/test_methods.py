@@ -291,13 +291,13 @@ def test_options_can_be_given_as_text(case: Any) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_a_documented_dataclass(name: str) -> None:
-    cls: Any = METHODS[name]
-    assert dataclasses.is_dataclass(cls)
+    cls = METHODS[name]
     assert cls.__bases__ == (Method,), "no method subclasses another"
     assert inspect.getdoc(cls)
     module = inspect.getmodule(cls)
     assert module is not None
     words = module.__doc__ or ""
     assert all(question in words for question in ("When:", "Where:", "How many ranks:", "Action:"))
+    assert dataclasses.is_dataclass(cls)
     for field in dataclasses.fields(cls):
         assert field.metadata.get("help"), f"{name}.{field.name} has no help text"
