@@ -5,7 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -22,6 +27,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import rankwise
 from rankwise import checkpoint, distributed, storage
+from rankwise.cli import main
 from rankwise.errors import CheckpointError, LifeCycleError, WorkersDisagreeError
 from rankwise.layers import LowRankLayer
 
@@ -553,3 +559,62 @@ def test_where_worker_0_cannot_save_all_of_them_raise(together: Workers, tmp_pat
     assert "extra['x'] is a builtins.object" in first[1]
     for ours, theirs in zip(first, second, strict=True):
         assert theirs == f"worker 0 could not save: {ours}"
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _torchrun(*arguments: str) -> str:
+    """Run `rankwise train` by two processes, as a user would; what it printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "rankwise", "train", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_torchrun_trains_as_one_process_does_and_resumes_at_the_switch(tmp_path: Path) -> None:
+    recipe = ["--model", "mlp-128x4", "--epochs", "2", "--batch-size", "200", "--method"]
+    recipe += ["pufferfish", "--method.warmup-epochs", "1", "--optimizer", "adam", "--lr", "1e-3"]
+    one, two, cut = (tmp_path / name for name in ("one", "two", "cut"))
+    assert main(["train", *recipe, "--out", str(one)]) == 0
+    output = _torchrun(*recipe, "--out", str(two))
+    assert "2 worker(s)" in output
+    assert output.count("test accuracy") == 1
+    alone, together = checkpoint.load(one), checkpoint.load(two)
+    assert (together.step, len(together.random), len(together.run["plan"])) == (40, 2, 4)
+    assert_same(together.weights, alone.weights, 1e-3)
+
+    shutil.copytree(two, cut)
+    shutil.rmtree(cut / storage.name_of(40))
+    assert checkpoint.load(cut).step == 20
+    _torchrun("--resume", str(cut))
+    resumed = checkpoint.load(cut)
+    assert resumed.step == 40
+    assert_same(resumed.weights, together.weights)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_data_parallelism_runs_and_counts_bytes(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "ddp.py"
+    file = tmp_path / "record.json"
+    command = [sys.executable, str(script), "--smoke", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(file.read_text())
+    assert [row["model"] for row in record["rows"]] == ["mlp-128x4", "mlp-512x8"]
+    for row in record["rows"]:
+        assert row["model"] in done.stdout
+        for side in row["sides"].values():
+            # float32 gradients of every parameter, once a step.
+            assert side["bytes_per_step"] == 4 * side["parameters"]
+            assert len(side["epoch_seconds"]) == record["epochs"] - 1
+        assert row["bytes_ratio"] > 1.4
+    assert record["commit"]
+    assert record["checksum"]
