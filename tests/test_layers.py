@@ -146,6 +146,20 @@ def test_a_convolution_at_full_rank_is_the_dense_one(options: dict[str, Any], la
     assert_same_function(low, dense, x, 1e-11)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_output_has_the_memory_format_of_the_dense_one(
+    channels: int, kernel: int, layout: torch.memory_format
+) -> None:
+    dense: Any = conv(torch.float32, in_channels=channels, kernel_size=kernel)
+    dense = dense.to(memory_format=layout)
+    low = stand_in(dense, 1)
+    for x in (noise(2, channels, 8, 9), noise(2, 8, 9, channels).movedim(-1, 1)):
+        assert low(x).stride() == dense(x).stride()
+    assert low.to_dense().weight.stride() == dense.weight.stride()
+
+
 @st.composite
 def drawn_layers(draw: st.DrawFn) -> tuple[Any, int, Tensor]:
     """A dense layer, a rank that fits it and an input, all drawn."""
@@ -461,6 +475,14 @@ def test_the_factors_of_a_non_contiguous_weight_are_its_own() -> None:
     wide.weight = nn.Parameter(noise(4, 1).expand(4, 6))
     for layer, rank in ((dense, 4), (wide, 1)):
         assert_near(stand_in(layer, rank).weight, layer.weight, 1e-6)
+
+
+def test_factors_of_another_shape_are_refused() -> None:
+    low = LowRankLinear(6, 4, 3)
+    u, v = low.factors()
+    for wrong in ((u.T, v), (u, v.T), (u[:, :2], v[:2])):
+        with pytest.raises(PlanError, match=r"factor of shape .* does not fit the map"):
+            low.set_factors(*wrong)
 
 
 def test_a_dense_weight_cannot_be_set_over_the_factors() -> None:

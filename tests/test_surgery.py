@@ -559,6 +559,12 @@ def test_a_pattern_that_matches_nothing_names_the_closest_layers() -> None:
         select(model, "*", "*")
 
 
+@pytest.mark.parametrize("layers", [None, 3, [1], True])
+def test_a_choice_that_is_no_choice_is_refused(layers: Any) -> None:
+    with pytest.raises(SelectionError, match="is no glob over layer names"):
+        select(chain(8, 8, 8), layers)
+
+
 def test_each_unsupported_layer_says_why() -> None:
     model = nn.ModuleDict(
         {

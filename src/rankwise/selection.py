@@ -210,7 +210,12 @@ def _matching(
 ) -> set[str]:
     if callable(layers):
         return {name for name, c in candidates.items() if layers(name, c.module)}
-    patterns = [p.strip() for p in layers.split(",")] if isinstance(layers, str) else list(layers)
+    patterns = layers.split(",") if isinstance(layers, str) else layers
+    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+        raise SelectionError(
+            f"{what}={layers!r} is no glob over layer names, list of globs or predicate"
+        )
+    patterns = [pattern.strip() for pattern in patterns]
     everything = dict(model.named_modules(remove_duplicate=False))
     first = {id(c.module): name for name, c in candidates.items()}
     chosen: set[str] = set()

@@ -125,9 +125,19 @@ class LowRankLayer(nn.Module, ABC):
 
     @torch.no_grad()
     def set_factors(self, u: Tensor, v: Tensor) -> None:
-        """Write U (O, R) and V (R, I*K*K), any dtype and device, into the children."""
-        self.u.weight.copy_(u.reshape(self.u.weight.shape))
-        self.v.weight.copy_(v.reshape(self.v.weight.shape))
+        """Write U (O, R) and V (R, I*K*K), any dtype and device, into the children.
+
+        Raises:
+            PlanError: factors of another shape.
+        """
+        for child, factor in ((self.u, u), (self.v, v)):
+            rows = child.weight.shape[0]
+            if factor.shape != (rows, child.weight.numel() // rows):
+                raise PlanError(
+                    f"a factor of shape {tuple(factor.shape)} does not fit the map of "
+                    f"{tuple(child.weight.shape)} in {type(self).__name__}"
+                )
+            child.weight.copy_(factor.reshape(child.weight.shape))
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:

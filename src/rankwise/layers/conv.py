@@ -140,6 +140,8 @@ class LowRankConv2d(LowRankLayer):
 
 
 def _memory_format(weight: Tensor) -> torch.memory_format:
-    if weight.is_contiguous() or not weight.is_contiguous(memory_format=torch.channels_last):
-        return torch.contiguous_format
-    return torch.channels_last
+    # By strides: a 1 x 1 kernel counts as contiguous in either format, yet sets its output's.
+    last = torch.empty(weight.shape, device="meta", memory_format=torch.channels_last)
+    if weight.stride() == last.stride() and weight.numel() > len(weight):
+        return torch.channels_last
+    return torch.contiguous_format
