@@ -1,0 +1,38 @@
+"""The command line: parse, call, print. `rankwise --help` loads neither torch nor rich."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from rankwise.cli.parser import parse
+from rankwise.errors import RankwiseError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: of the command line, without the program's name.
+
+    Returns:
+        Exit code: 0; 2 for whatever can be said in one line; 130 or 143 after SIGINT or SIGTERM.
+    """
+    try:
+        asked = parse(sys.argv[1:] if arguments is None else arguments)
+        commands = importlib.import_module("rankwise.cli.commands")
+        return commands.COMMANDS[asked.command](asked)
+    except RankwiseError as error:
+        worker = os.environ.get("RANK", "0")
+        who = "rankwise" if worker == "0" else f"rankwise (worker {worker})"
+        print(f"{who}: {error}", file=sys.stderr)
+        # A run that a signal stopped says which: 128 + its number, as shells do.
+        number = getattr(error, "signal", None)
+        return USER_ERROR if number is None else 128 + number
+    except KeyboardInterrupt:
+        print("rankwise: interrupted", file=sys.stderr)
+        return INTERRUPTED

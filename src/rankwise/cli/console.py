@@ -1,0 +1,160 @@
+"""Showing a run: live in a terminal, a line per epoch elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rankwise.cli import tables
+from rankwise.ranks import Plan
+from rankwise.training import Recipe, Result
+from rankwise.training.report import Progress as Position
+from rankwise.training.report import Silent, Switch
+
+# A pipe has no width of its own, and a table cut at 80 would lose columns there.
+WIDTH_WITHOUT_TERMINAL = 110
+
+console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=WIDTH_WITHOUT_TERMINAL)
+
+
+class Plain(Silent):
+    """Lines that a log can keep."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._epochs = 0
+
+    def start(self, recipe: Recipe, out: Path, facts: Mapping[str, Any]) -> None:
+        self._epochs = recipe.epochs
+        hardware = facts["hardware"]
+        images = facts["data"]["images"]
+        again = f", resumed at step {facts['step']}" if facts["event"] == "resume" else ""
+        self.say(f"{facts['method']}", style="bold")
+        self.say(
+            f"{recipe.model} on {facts['data']['name']} ({images[0]:,} train, {images[1]:,} "
+            f"validation, {images[2]:,} test), seed {recipe.seed}{again}"
+        )
+        self.say(
+            f"{hardware['processor']}, device {hardware['device']}, {hardware['threads']} "
+            f"thread(s), {hardware['workers']} worker(s); records in {out}",
+            style="dim",
+        )
+
+    def plan(self, plan: Plan) -> None:
+        self.say()
+        self.say(tables.plan(plan))
+        self.say()
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        step_ms = record["step_ms"]
+        self.say(
+            f"epoch {record['epoch']:>3}/{self._epochs}  loss {record['loss']:.4f}  "
+            f"validation loss {record['validation_loss']:.4f}  accuracy "
+            f"{record['validation_accuracy']:6.2%}  step {step_ms or 0:.1f} ms  "
+            f"{record['seconds']:.0f} s"
+        )
+
+    def switch(self, switch: Switch) -> None:
+        self.say()
+        for line in describe(switch):
+            self.say(line, style="bold green")
+        self.say()
+
+    def finish(self, result: Result) -> None:
+        self.say(
+            f"test accuracy {result.test_accuracy:.2%} (loss {result.test_loss:.4f}) after "
+            f"{result.epochs} epochs, {result.steps} steps, {result.seconds:.1f} s; parameters "
+            f"{result.parameters[0]:,} stored, {result.parameters[1]:,} trainable "
+            f"(dense {result.dense_parameters[0]:,})",
+            style="bold",
+        )
+
+    def close(self) -> None:
+        """Leave the terminal as it was; called however the run ended."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def say(self, content: Any = "", *, style: str | None = None) -> None:
+        """Print above the progress display, if there is one."""
+        if not self.quiet:
+            console.print(content, style=style, markup=False)
+
+
+class Live(Plain):
+    """The same, with a line that moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: Progress | None = None
+
+    def step(self, progress: Position) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+                BarColumn(bar_width=24),
+                TextColumn("step {task.completed}/{task.total}"),
+                TextColumn("loss {task.fields[loss]:.4f}"),
+                TextColumn("lr {task.fields[lr]:.4f}"),
+                TextColumn("{task.fields[rate]:.0f} images/s"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                transient=True,
+            )
+            self._bar.add_task("", total=progress.steps, **_fields(progress))
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=progress.step, **_fields(progress))
+
+    def finish(self, result: Result) -> None:
+        self.close()
+        super().finish(result)
+
+    def close(self) -> None:
+        """Take the moving line away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _fields(progress: Position) -> dict[str, Any]:
+    return {
+        "epoch": progress.epoch,
+        "epochs": progress.epochs,
+        "loss": progress.loss,
+        "lr": progress.lr,
+        "rate": progress.images_per_second,
+    }
+
+
+def describe(switch: Switch) -> list[str]:
+    """The lines of a switch: when, what it did to the loss, to the size, to the step."""
+    event = switch.event
+    before, after = event["parameters"]
+    lines = [
+        f"switch after epoch {switch.epoch:.2f} (step {event['step']}): {event['method']}, "
+        f"{event['layers']} layers low-rank, in {event['seconds']:.2f} s"
+    ]
+    if event["loss_before"] is not None:
+        lines.append(f"  validation loss  {event['loss_before']:.4f} -> {event['loss_after']:.4f}")
+    lines.append(
+        f"  parameters       {tables.short(before)} -> {tables.short(after)} ({after / before:.0%})"
+    )
+    if switch.step_ms_before and switch.step_ms_after:
+        lines.append(
+            f"  training step    {switch.step_ms_before:.1f} -> {switch.step_ms_after:.1f} ms "
+            f"({switch.step_ms_after / switch.step_ms_before:.0%})"
+        )
+    moments = event["moments"]
+    lines.append(
+        f"  optimizer        {moments['carried']} carried, {moments['fresh']} fresh moments"
+    )
+    return lines

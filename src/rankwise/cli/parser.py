@@ -1,0 +1,205 @@
+"""Flags from the recipe's fields: name, default, unit and choices are declared there, once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import rankwise
+from rankwise.errors import OptionError, nearest, unknown
+from rankwise.training.recipe import Recipe
+
+METHOD_FLAG = "--method."
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are raised in the words of the library, not printed with a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message}; see `{self.prog} --help`")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read a command line.
+
+    Returns:
+        The command's arguments; `recipe_flags` holds the recipe fields that were given, and
+        `method_options` the `--method.NAME` flags.
+
+    Raises:
+        OptionError: an unknown flag, with the nearest one, or a missing value.
+    """
+    parser, commands = _parser()
+    rest, method_options = _method_options(arguments or ["--help"])
+    word = next((word for word in rest if not word.startswith("-")), None)
+    if word is not None and word not in commands:
+        raise OptionError(unknown("command", word, commands))
+    asked, extra = parser.parse_known_args(rest)
+    command = commands[asked.command]
+    if extra:
+        raise OptionError(_unknown(extra[0], command))
+    asked.method_options = method_options
+    if asked.command not in ("train", "compare") and method_options:
+        raise OptionError(
+            f"`rankwise {asked.command}` takes no {METHOD_FLAG}{next(iter(method_options))}"
+        )
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    given = vars(asked)
+    asked.recipe_flags = {name: given[name] for name in names if name in given}
+    asked.recipe_flags.pop("method_options", None)
+    return asked
+
+
+def _parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
+    parser = Parser(
+        prog="rankwise",
+        description="Low-rank training for PyTorch.",
+        allow_abbrev=False,
+        epilog="`rankwise COMMAND --help` says what a command takes.",
+    )
+    parser.add_argument("--version", action="version", version=f"rankwise {rankwise.__version__}")
+    made = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    train = _command(made, "train", "train a network from a recipe")
+    _recipe_flags(train)
+    train.add_argument(
+        "--resume", metavar="DIR", help="go on with the run in this folder, bit for bit"
+    )
+
+    compare = _command(made, "compare", "train with several methods and set them side by side")
+    _recipe_flags(compare, leave_out=("method", "seed"))
+    compare.add_argument(
+        "--methods",
+        default="dense,pufferfish",
+        help="methods, comma between (default: %(default)s)",
+    )
+    compare.add_argument("--seeds", help="seeds, comma between (default: the recipe's)")
+
+    plan = _command(made, "plan", "show which layers would become low-rank, without training")
+    _plan_flags(plan)
+
+    methods = _command(made, "methods", "list the methods, or the options of one")
+    methods.add_argument("name", nargs="?", help="show the options of this method")
+    _command(made, "models", "list the networks")
+    _command(made, "data", "list the data sets")
+    return parser, dict(made.choices)
+
+
+def _command(made: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    return made.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
+    )
+
+
+def _recipe_flags(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = ()) -> None:
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE.toml", help="recipe file; flags go before its values"
+    )
+    group = parser.add_argument_group("the recipe")
+    hints = typing.get_type_hints(Recipe)
+    for field in dataclasses.fields(Recipe):
+        if field.name in leave_out or field.name == "method_options":
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        described = f"{field.metadata['help']} (default: {_shown(field.default)})"
+        described = described.replace("%", "%%")
+        if hints[field.name] is bool:
+            group.add_argument(
+                flag,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=described,
+            )
+            continue
+        choices = field.metadata.get("choices")
+        metavar = "|".join(choices) if choices else _metavar(hints[field.name])
+        # Values stay text here: the recipe reads them, with the same words as from a file.
+        group.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=described)
+    group.add_argument(
+        f"{METHOD_FLAG}OPTION",
+        dest="unused",
+        default=argparse.SUPPRESS,
+        metavar="VALUE",
+        help="an option of the method, such as --method.ranks 0.25; `rankwise methods NAME`",
+    )
+
+
+def _plan_flags(parser: argparse.ArgumentParser) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    parser.add_argument("--model", default=defaults["model"], help="network (default: %(default)s)")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--data", help="data set that gives the shape of an image")
+    shape.add_argument("--input-shape", metavar="C,H,W", help="shape of an image, such as 3,32,32")
+    parser.add_argument(
+        "--classes", default=None, metavar="N", help="outputs (default: the data's, or 10)"
+    )
+    group = parser.add_argument_group("which layers, at which rank")
+    for flag, metavar, described in (
+        (
+            "--ranks",
+            "RULE",
+            "0.25: ratio of full rank; 32: rank; budget=0.3: share of parameters",
+        ),
+        ("--layers", "GLOBS", "auto, or globs over names, comma between"),
+        ("--exclude", "GLOBS", "globs over names that stay dense"),
+        ("--keep-first", "K", "layers=auto: first layers that stay dense"),
+        ("--keep-last", "K", "layers=auto: last layers that stay dense"),
+    ):
+        group.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=described)
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    if default is None:
+        return "none"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _metavar(hint: Any) -> str:
+    kinds = [k for k in (typing.get_args(hint) or (hint,)) if k is not type(None)]
+    return {int: "N", float: "X"}.get(kinds[0], "NAME")
+
+
+def _method_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take `--method.NAME VALUE` and `--method.NAME=VALUE` out of a command line."""
+    rest: list[str] = []
+    options: dict[str, Any] = {}
+    left = list(arguments)
+    while left:
+        word = left.pop(0)
+        if not word.startswith(METHOD_FLAG):
+            rest.append(word)
+            continue
+        name, equals, value = word.removeprefix(METHOD_FLAG).partition("=")
+        if not equals:
+            if not left or left[0].startswith("--"):
+                raise OptionError(f"{word} needs a value")
+            value = left.pop(0)
+        options[name.replace("-", "_")] = _value(value)
+    return rest, options
+
+
+def _value(text: str) -> Any:
+    """Numbers and switches as a TOML file would hold them, so that both make equal recipes."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _unknown(flag: str, command: argparse.ArgumentParser) -> str:
+    if not flag.startswith("-"):
+        return f"{flag!r} is one argument too many; see `{command.prog} --help`"
+    name = flag.partition("=")[0]
+    known = [o for action in command._actions for o in action.option_strings]
+    close = nearest(name, known, limit=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"unknown flag {name}; {hint}`{command.prog} --help` lists them"

@@ -1,0 +1,166 @@
+"""Tables: the plan before training, the comparison after it, and lists."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rankwise.ranks import Plan
+from rankwise.training.report import Result
+
+
+def plain(*columns: str) -> Table:
+    """A table with a rule under its header and nothing else."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def plan(plan: Plan) -> RenderableType:
+    """The layers, their ranks, what that saves, and (below) why the others stay dense."""
+    table = _numbers("layer", "shape", "rank", "parameters", "ratio", "FLOPs")
+    reasons: list[str] = []
+    for layer in plan.layers:
+        rank = f"{layer.rank} of {min(layer.rows, layer.columns)}"
+        if layer.rank is None:
+            if layer.reason not in reasons:
+                reasons.append(layer.reason)
+            rank = f"dense ({reasons.index(layer.reason) + 1})"
+        low = layer.rank is not None
+        table.add_row(
+            layer.name,
+            f"{layer.rows}×{layer.columns}",
+            rank,
+            _pair(layer.parameters, low),
+            f"{layer.parameters[1] / layer.parameters[0]:.2f}" if low else "",
+            _pair(layer.flops, low),
+            style="cyan" if low else "dim",
+        )
+    why = [f"({n}) {reason or 'no rule was asked'}" for n, reason in enumerate(reasons, start=1)]
+    return Group(
+        table,
+        Text("\n".join(why), style="dim"),
+        Text("\n".join((plan.summary(), *plan.notes)), style="bold"),
+    )
+
+
+def _numbers(*columns: str) -> Table:
+    """A table whose first column names a row and whose others hold numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
+    return table
+
+
+def _pair(counts: tuple[int, int] | None, low: bool) -> str:
+    if counts is None:
+        return ""
+    return f"{short(counts[0])}→{short(counts[1])}" if low else short(counts[0])
+
+
+def comparison(results: Sequence[Result]) -> RenderableType:
+    """One row a method, over its seeds, with the ratio to dense below each number."""
+    methods = list(dict.fromkeys(result.method for result in results))
+    groups = {name: [r for r in results if r.method == name] for name in methods}
+    dense = groups.get("dense")
+    table = _numbers(
+        "method",
+        "test\nacc. %",
+        "stored\nparam.",
+        "trained\nparam.",
+        "FLOPs\n/ image",
+        "ms/step\ndense",
+        "ms/step\nlow-rank",
+        "total\ntime",
+    )
+    for name, runs in groups.items():
+        table.add_row(name, *(_cell(column, runs, dense) for column in _COLUMNS), end_section=True)
+    notes = [_conditions(results)]
+    if dense is None:
+        notes.append("no ratios: dense is not among the methods (--methods dense,...)")
+    else:
+        notes.append("×: ratio to dense of the same recipe; step times are medians")
+    return Group(table, Text("\n".join(notes), style="dim"))
+
+
+Column = tuple[Callable[[Result], float | None], Callable[[Sequence[float]], str]]
+
+
+def _accuracy(values: Sequence[float]) -> str:
+    mean = f"{100 * statistics.fmean(values):.2f}"
+    if len(values) == 1:
+        return mean
+    # Bound by spaces that do not break, or a narrow table would put the spread on its own line.
+    return f"{mean}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{100 * statistics.stdev(values):.2f}"
+
+
+def _seconds(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.1f} s"
+
+
+def _milliseconds(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.1f}"
+
+
+def _count(values: Sequence[float]) -> str:
+    return short(statistics.fmean(values))
+
+
+_COLUMNS: tuple[Column, ...] = (
+    (lambda r: r.test_accuracy, _accuracy),
+    (lambda r: r.parameters[0], _count),
+    (lambda r: r.parameters[1], _count),
+    (lambda r: r.flops, _count),
+    (lambda r: r.step_ms_dense, _milliseconds),
+    (lambda r: r.step_ms_low_rank, _milliseconds),
+    (lambda r: r.seconds, _seconds),
+)
+
+
+def _cell(column: Column, runs: Sequence[Result], dense: Sequence[Result] | None) -> str:
+    value, write = column
+    own = [v for r in runs if (v := value(r)) is not None]
+    if not own:
+        return "–"
+    text = write(own)
+    # A low-rank step is set against the dense one of the dense run.
+    base = [v for r in dense or () if (v := _dense_counterpart(column)(r)) is not None]
+    if base and runs is not dense:
+        text += f"\n{statistics.fmean(own) / statistics.fmean(base):.2f}×"
+    return text
+
+
+def _dense_counterpart(column: Column) -> Callable[[Result], float | None]:
+    return _COLUMNS[4][0] if column is _COLUMNS[5] else column[0]
+
+
+def _conditions(results: Sequence[Result]) -> str:
+    first = results[0]
+    seeds = list(dict.fromkeys(r.seed for r in results))
+    named = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± deviation over seeds {seeds}"
+    return f"{first.model} on {first.data}, {first.epochs} epochs, {named}"
+
+
+def short(count: float) -> str:
+    """A count with three digits: 2.70M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            digits = count / size
+            return f"{digits:.{2 if digits < 10 else 1 if digits < 100 else 0}f}{unit}"
+    return f"{count:.0f}"
+
+
+def paper(cls: type[Any]) -> str:
+    """The arXiv id that a method's documentation cites."""
+    text = f"{inspect.getdoc(inspect.getmodule(cls))} {inspect.getdoc(cls)}"
+    found = re.search(r"\b\d{4}\.\d{5}\b", text)
+    return f"arXiv {found[0]}" if found else ""

@@ -1,0 +1,78 @@
+"""The one voice of a run: worker 0's records and reporter."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise import checkpoint, data, distributed
+from rankwise.method import Method
+from rankwise.training import environment, records
+from rankwise.training.recipe import Recipe
+from rankwise.training.report import Reporter, Silent
+
+
+class Journal:
+    """Worker 0's records and reporter; the other workers write and show nothing."""
+
+    def __init__(self, out: Path, report: Reporter | None) -> None:
+        leads = distributed.worker() == 0
+        self.out = out
+        self.report: Reporter = report if leads and report is not None else Silent()
+        self._leads = leads
+        self._file: records.Records | None = None
+        self._early: list[dict[str, Any]] = []
+
+    def record(self, event: str, **values: Any) -> dict[str, Any]:
+        """Write a line, and return it as written; before `start` it is kept until then."""
+        record = {"event": event, **values}
+        if self._file is not None:
+            return self._file.append(**record)
+        if self._leads:
+            self._early.append(record)
+        return record
+
+    def start(
+        self,
+        recipe: Recipe,
+        splits: data.Splits,
+        device: torch.device,
+        method: Method,
+        saved: checkpoint.Checkpoint | None,
+    ) -> None:
+        """Open the records with the first line of a run, or of its continuation.
+
+        Called once everything is known to fit, so that a mistake leaves no folder behind.
+        """
+        facts = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "method": repr(method),
+            "versions": environment.versions(),
+            "hardware": environment.hardware(device, distributed.workers()),
+            "commit": environment.commit(),
+            "data": {
+                "name": splits.name,
+                "checksum": splits.checksum,
+                "images": [len(s.labels) for s in (splits.train, splits.validation, splits.test)],
+            },
+        }
+        if self._leads:
+            self._file = records.Records(self.out)
+        if saved is None:
+            facts = self.record("start", recipe=recipe.as_dict(), **facts)
+        else:
+            facts = self.record("resume", step=saved.step, **facts)
+        for record in self._early:
+            self.record(**record)
+        self._early.clear()
+        self.report.start(recipe, self.out, facts)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._file is not None:
+            self._file.__exit__(*error)

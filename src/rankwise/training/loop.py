@@ -1,0 +1,365 @@
+"""train: from a recipe to a trained network, its records and its checkpoints.
+
+Read `train` first, from top to bottom; then `Loop.fit` and `Loop._step`. Validation images are
+for looking while training goes on; the test images are read once, by the last weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+import rankwise
+from rankwise import accounting, checkpoint, data, distributed
+from rankwise.errors import FactorizeError, NonFiniteLossError
+from rankwise.training import records, schedule, setup
+from rankwise.training.clock import Clock
+from rankwise.training.interrupt import Interrupted, StopRequest, listen
+from rankwise.training.journal import Journal
+from rankwise.training.recipe import Recipe
+from rankwise.training.report import Progress, Reporter, Result, Switch
+
+PROBE_IMAGES = 500
+EVALUATION_BATCH = 500
+
+
+def train(
+    recipe: Recipe, *, resume: str | Path | None = None, report: Reporter | None = None
+) -> Result:
+    """Train what a recipe describes; under torchrun, by all workers together.
+
+    Args:
+        recipe: all that decides the result.
+        resume: folder of a run (or one of its checkpoints) to go on from, in the same folder.
+        report: shows the run; nothing is shown without it.
+
+    Returns:
+        Accuracies, sizes and times; the same as the `finish` line of the records.
+
+    Raises:
+        OptionError: the recipe names something that does not exist, or its folder is taken.
+        CheckpointError: nothing to resume, another recipe or other images than the saved run's,
+            or nothing can be written.
+        NonFiniteLossError: the loss left the numbers; earlier checkpoints stay.
+        Interrupted: SIGINT or SIGTERM; the run is saved.
+    """
+    began = time.perf_counter()
+    method = setup.build_method(recipe)
+    device = distributed.initialize()
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    splits = data.load(recipe.data, size=recipe.image_size)
+    steps_per_epoch = data.steps_per_epoch(splits.train, recipe.batch_size)
+    saved = None if resume is None else setup.load(resume, recipe, splits)
+    out = Path(distributed.share(str(saved.path.parent if saved else records.place(recipe))))
+
+    model = setup.build_model(recipe, splits, device)
+    sample = splits.train.images[:1]
+    dense = setup.size(model, sample)
+    optimizer = setup.make_optimizer(recipe, model)
+
+    with Journal(out, report) as journal:
+        loop = Loop(recipe, splits, device, journal, began)
+        loop.run = rankwise.start(
+            model,
+            method,
+            optimizer,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=recipe.epochs * steps_per_epoch,
+            sample=sample,
+            clip_norm=recipe.clip_norm,
+            wrap=setup.wrapper(recipe),
+            probe=loop.probe,
+            on_event=loop.on_event,
+            seed=recipe.seed,
+            resume=None if saved is None else saved.path,
+        )
+        # A pure function of the step: a resumed run builds the same scheduler, one step earlier.
+        loop.scheduler = LambdaLR(
+            optimizer, schedule.factor(recipe, steps_per_epoch), last_epoch=loop.run.step - 1
+        )
+        if saved is not None:
+            loop.restore(saved)
+        elif accounting.parameters(model).stored != dense[0][0]:
+            loop.clock.new_phase()  # low-rank from the first step
+        journal.start(recipe, splits, device, method, saved)
+        if loop.run.plan is not None:
+            journal.report.plan(loop.run.plan)
+        with listen() as stop:
+            loop.fit(stop)
+        return loop.finish(dense)
+
+
+class Loop:
+    """Epochs and steps over the training images, from a position that can be saved."""
+
+    run: rankwise.Run
+    scheduler: LambdaLR
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        splits: data.Splits,
+        device: torch.device,
+        journal: Journal,
+        began: float,
+    ) -> None:
+        self.recipe, self.splits, self.device, self.journal = recipe, splits, device, journal
+        self.steps_per_epoch = data.steps_per_epoch(splits.train, recipe.batch_size)
+        self.total = recipe.epochs * self.steps_per_epoch
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
+        self.clock = Clock(device)
+        self.position = 0  # batches seen; ahead of run.step where the scaler skipped a step
+        self.began = began  # moved back by the time that earlier parts of a resumed run took
+        self.epoch_loss = 0.0  # sum over the epoch's batches so far
+        self.switches: list[dict[str, Any]] = []
+        self._unseen: list[Tensor] = []
+        self._unshown: Switch | None = None
+        # Reading a loss waits for the GPU, and agreeing costs a message: not at every step there.
+        alone = distributed.workers() == 1
+        self._look_every = 1 if alone and device.type == "cpu" else 10
+
+    def fit(self, stop: StopRequest) -> None:
+        """Train to the end of the recipe."""
+        while self.position < self.total:
+            epoch, start = divmod(self.position, self.steps_per_epoch)
+            self.run.model.train()
+            batches = data.batches(
+                self.splits.train,
+                batch_size=self.recipe.batch_size,
+                seed=self.recipe.seed,
+                epoch=epoch,
+                worker=distributed.worker(),
+                workers=distributed.workers(),
+                start=start,
+            )
+            for images, labels in batches:
+                self._step(images, labels)
+                if self.position % self.steps_per_epoch == 0:
+                    break
+                if self.position % self._look_every == 0:
+                    self._look()
+                    self._stop_if_asked(stop)
+            self._look()
+            self._end_epoch(epoch)
+            self._stop_if_asked(stop)
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        images, labels = self._move(images), labels.to(self.device, non_blocking=True)
+        finished = self.run.step
+        with self.clock.step():
+            self.run.optimizer.zero_grad()
+            with self._precision():
+                logits = self.run.model(images)
+                loss = F.cross_entropy(
+                    logits.float(), labels, label_smoothing=self.recipe.label_smoothing
+                )
+            self.position += 1
+            self._unseen.append(loss.detach())
+            self.scaler.scale(loss).backward()
+            try:
+                self.scaler.step(self.run.optimizer)
+            except FactorizeError:
+                self._look()  # weights that a bad loss has just ruined: that is the news
+                raise
+            self.scaler.update()
+        if self.run.step > finished:
+            self.scheduler.step()
+
+    def _look(self) -> None:
+        """Read the losses since the last look; every worker sees the same mean."""
+        epoch = (self.position - 1) // self.steps_per_epoch
+        latest = torch.stack(self._unseen).double().mean().item()
+        latest = distributed.mean(latest)
+        if not math.isfinite(latest):
+            raise NonFiniteLossError(self._not_finite(latest, epoch))
+        self.epoch_loss += latest * len(self._unseen)
+        self._unseen.clear()
+        self._show_switch()
+        step_ms = self.clock.median(-1, latest=20)
+        self.journal.report.step(
+            Progress(
+                epoch=epoch + 1,
+                epochs=self.recipe.epochs,
+                step=self.position,
+                steps=self.total,
+                loss=latest,
+                lr=float(self.scheduler.get_last_lr()[0]),
+                images_per_second=self.recipe.batch_size / step_ms * 1e3 if step_ms else 0.0,
+            )
+        )
+
+    def _not_finite(self, loss: float, epoch: int) -> str:
+        kept = sorted(self.journal.out.glob("step-*"))
+        good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
+        since = f"at step {self.position}"
+        if len(self._unseen) > 1:
+            since = f"between steps {self.position - len(self._unseen) + 1} and {self.position}"
+        return (
+            f"the training loss became {loss} {since} (epoch {epoch + 1}); training stopped and "
+            f"{good}. Lower lr={self.recipe.lr:g}, lengthen lr_warmup_epochs="
+            f"{self.recipe.lr_warmup_epochs:g}, or set clip_norm={self.recipe.clip_norm or 1.0:g}"
+        )
+
+    def _stop_if_asked(self, stop: StopRequest) -> None:
+        number = max(distributed.gather(stop.signal))
+        if number:
+            self._save()
+            raise Interrupted(self.journal.out, self.run.step, number)
+
+    def _end_epoch(self, epoch: int) -> None:
+        loss, accuracy = self.evaluate(self.splits.validation)
+        record = self.journal.record(
+            "epoch",
+            epoch=epoch + 1,
+            step=self.run.step,
+            loss=self.epoch_loss / self.steps_per_epoch,
+            validation_loss=loss,
+            validation_accuracy=accuracy,
+            lr=float(self.scheduler.get_last_lr()[0]),
+            step_ms=self.clock.median(-1, latest=self.steps_per_epoch),
+            seconds=self._elapsed(),
+        )
+        self.epoch_loss = 0.0
+        if (epoch + 1) % self.recipe.checkpoint_every == 0 or epoch + 1 == self.recipe.epochs:
+            self._save()
+        self.journal.report.epoch(record)
+
+    @torch.no_grad()
+    def evaluate(self, split: data.Split) -> tuple[float, float]:
+        """Mean loss and accuracy, in eval mode; the model's modes are restored."""
+        model = self.run.bare
+        distributed.broadcast_buffers(model)
+        loss, right = 0.0, 0
+        with _eval_mode(model):
+            pairs = zip(
+                split.images.split(EVALUATION_BATCH),
+                split.labels.split(EVALUATION_BATCH),
+                strict=True,
+            )
+            for images, labels in pairs:
+                labels = labels.to(self.device)
+                with self._precision():
+                    logits = model(self._move(images)).float()
+                loss += F.cross_entropy(logits, labels, reduction="sum").item()
+                right += int((logits.argmax(1) == labels).sum())
+        return loss / len(split.labels), right / len(split.labels)
+
+    @torch.no_grad()
+    def probe(self, model: nn.Module) -> float:
+        """Mean loss on the first validation images: what a switch is judged by."""
+        images = self._move(self.splits.validation.images[:PROBE_IMAGES])
+        labels = self.splits.validation.labels[:PROBE_IMAGES].to(self.device)
+        with _eval_mode(model), self._precision():
+            return F.cross_entropy(model(images).float(), labels).item()
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Record what the run reports, and begin a new phase of the clock at a switch."""
+        self.journal.record(**event)
+        if event["event"] != "switch":
+            return
+        before = self.clock.median(-1)
+        self.clock.new_phase()
+        self.switches.append(event)
+        self._unshown = Switch(
+            epoch=event["step"] / self.steps_per_epoch,
+            event=event,
+            step_ms_before=before,
+            step_ms_after=None,
+        )
+
+    def _show_switch(self, *, now: bool = False) -> None:
+        """Show a switch once the new step time is known, a few steps later."""
+        if self._unshown is None or (len(self.clock.phases[-1]) < 5 and not now):
+            return
+        switch = dataclasses.replace(self._unshown, step_ms_after=self.clock.median(-1))
+        self._unshown = None
+        self.journal.report.switch(switch)
+
+    def _save(self) -> None:
+        extra = {
+            "recipe": self.recipe.as_dict(),
+            "checksum": self.splits.checksum,
+            "position": self.position,
+            "epoch_loss": self.epoch_loss,
+            "scaler": self.scaler.state_dict(),
+            "step_times": self.clock.state(),
+            "switches": self.switches,
+            "seconds": self._elapsed(),
+        }
+        checkpoint.save(self.journal.out, self.run, extra=extra)
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Take up the position of a checkpoint that the run was resumed from."""
+        self.position = saved.extra["position"]
+        self.epoch_loss = saved.extra["epoch_loss"]
+        self.scaler.load_state_dict(saved.extra["scaler"])
+        self.clock.restore(saved.extra["step_times"])
+        self.switches = saved.extra["switches"]
+        self.began -= saved.extra["seconds"]
+        # The order of images follows from the seed; only layers that draw numbers need this.
+        if distributed.workers() == len(saved.random):
+            saved.restore_random()
+
+    def finish(self, dense: tuple[tuple[int, int], int]) -> Result:
+        """Finalise the methods, read the test images once, close the records."""
+        self._show_switch(now=True)
+        model = self.run.finish()
+        _, validation_accuracy = self.evaluate(self.splits.validation)
+        test_loss, test_accuracy = self.evaluate(self.splits.test)
+        parameters, flops = setup.size(model, self.splits.train.images[:1])
+        result = Result(
+            model=self.recipe.model,
+            data=self.splits.name,
+            method=self.recipe.method,
+            seed=self.recipe.seed,
+            test_accuracy=test_accuracy,
+            test_loss=test_loss,
+            validation_accuracy=validation_accuracy,
+            parameters=parameters,
+            dense_parameters=dense[0],
+            flops=flops,
+            dense_flops=dense[1],
+            step_ms_dense=self.clock.median(0),
+            step_ms_low_rank=self.clock.median(-1) if len(self.clock.phases) > 1 else None,
+            seconds=self._elapsed(),
+            epochs=self.recipe.epochs,
+            steps=self.run.step,
+            switches=tuple(self.switches),
+            out=str(self.journal.out),
+        )
+        self.journal.record("finish", **dataclasses.asdict(result))
+        self.journal.report.finish(result)
+        return result
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+    def _move(self, images: Tensor) -> Tensor:
+        layout = torch.channels_last if self.recipe.channels_last else torch.preserve_format
+        return images.to(self.device, non_blocking=True, memory_format=layout)
+
+    def _precision(self) -> torch.autocast:
+        dtype = torch.float16 if self.recipe.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.recipe.amp != "none")
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,138 @@
+"""Recipe: everything that decides a training run, declared once.
+
+The fields are the keys of a TOML file, the flags of the command line, their help and their checks.
+Imports no torch, so that `rankwise --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import OptionError
+from rankwise.options import build, option, validate
+
+# These may differ between a run and its continuation: they say where and how often, not what.
+FREE = frozenset({"out", "checkpoint_every", "threads"})
+
+
+def _method_options(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError("write a table of option names and values")
+    return {key.replace("-", "_"): entry for key, entry in value.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training run: network, images, low-rank method and everything the loop needs to know.
+
+    The defaults are a complete recipe, the one that `make run` shows.
+
+    Example:
+        >>> Recipe(epochs=3).difference(Recipe(epochs=4))
+        {'epochs': (3, 4)}
+    """
+
+    model: str = option("resnet-small", "network; `rankwise models` lists them")
+    data: str = option("mnist-5k", "images: `rankwise data` lists them; folder:PATH for your own")
+    image_size: int | None = option(
+        None, "side in pixels that images are scaled to (none: as they are)", at_least=1
+    )
+    method: str = option("pufferfish", "low-rank method; `rankwise methods` lists them")
+    method_options: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "options of the method", "parse": _method_options},
+    )
+    epochs: int = option(6, "passes over the training images", at_least=1)
+    batch_size: int = option(64, "images per optimizer step, over all workers", at_least=1)
+    optimizer: str = option("sgd", "rule of the update", choices=("sgd", "adam", "adamw"))
+    lr: float = option(0.05, "learning rate at its highest", above=0)
+    momentum: float = option(0.9, "momentum of sgd; Adam's beta1 is 0.9", at_least=0, at_most=1)
+    weight_decay: float = option(5e-4, "decay per unit of learning rate", at_least=0)
+    schedule: str = option(
+        "cosine",
+        "learning rate over the run: to 0, a tenth at 50 % and at 75 %, or even",
+        choices=("cosine", "step", "constant"),
+    )
+    lr_warmup_epochs: float = option(
+        1.0, "epochs over which the learning rate rises from 0", at_least=0
+    )
+    label_smoothing: float = option(
+        0.0, "share of the target for all classes", at_least=0, at_most=1
+    )
+    clip_norm: float | None = option(None, "limit of the gradients' joint norm", above=0)
+    seed: int = option(0, "of the initial weights and the order of images", at_least=0)
+    out: str | None = option(
+        None, "folder of records and checkpoints (none: runs/MODEL-METHOD-SEED, numbered)"
+    )
+    checkpoint_every: int = option(1, "epochs between two checkpoints", at_least=1)
+    amp: str = option("none", "arithmetic of reduced precision", choices=("none", "bf16", "fp16"))
+    channels_last: bool = option(False, "keep images and kernels in channels-last order")
+    compile: bool = option(False, "run the network through torch.compile")
+    threads: int | None = option(None, "CPU threads (none: torch decides)", at_least=1)
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.lr_warmup_epochs >= self.epochs and self.lr_warmup_epochs > 0:
+            raise OptionError(
+                f"Recipe: lr_warmup_epochs={self.lr_warmup_epochs:g} leaves nothing of "
+                f"epochs={self.epochs}; it must be shorter"
+            )
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> Recipe:
+        """A recipe from names and values; `method` may be a table `{name, options...}`.
+
+        Raises:
+            OptionError: unknown name, unreadable value, value out of range.
+        """
+        values = dict(given)
+        if isinstance(values.get("method"), Mapping):
+            table = _method_options(values.pop("method"))
+            if "name" in table:
+                values["method"] = table.pop("name")
+            values["method_options"] = {**values.get("method_options", {}), **table}
+        return build(cls, values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        """Read a TOML file: the fields as keys, the method as a table.
+
+        Raises:
+            OptionError: the file is missing or no TOML, or what `from_mapping` raises.
+
+        Example of a file:
+            epochs = 20
+            [method]
+            name = "pufferfish"
+            ranks = 0.25
+        """
+        return cls.from_mapping(read_toml(path))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values that JSON and `from_mapping` understand."""
+        return {**dataclasses.asdict(self), "method_options": dict(self.method_options)}
+
+    def difference(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Fields that change the result: name -> (value here, value there)."""
+        mine, theirs = self.as_dict(), other.as_dict()
+        names = [name for name in mine if name not in FREE]
+        return {n: (mine[n], theirs[n]) for n in names if mine[n] != theirs[n]}
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The content of a recipe file, unchecked.
+
+    Raises:
+        OptionError: the file cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"recipe {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise OptionError(f"recipe {path} is no TOML file: {error}") from error

@@ -1,0 +1,93 @@
+"""Makes what a recipe names: method, model, optimizer, wrapper; reads what a run goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankwise import accounting, checkpoint, data, distributed, models
+from rankwise.errors import CheckpointError, OptionError, unknown
+from rankwise.method import Method
+from rankwise.methods import METHODS
+from rankwise.options import build
+from rankwise.training.recipe import Recipe
+
+
+def build_method(recipe: Recipe) -> Method:
+    """The recipe's method with its options.
+
+    Raises:
+        OptionError: unknown method or option, with the nearest name.
+    """
+    if recipe.method not in METHODS:
+        raise OptionError(unknown("method", recipe.method, METHODS))
+    return build(METHODS[recipe.method], recipe.method_options)
+
+
+def build_model(recipe: Recipe, splits: data.Splits, device: torch.device) -> nn.Module:
+    """The recipe's dense network, its weights drawn from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    shape = tuple(splits.train.images.shape[1:])
+    model = models.build(recipe.model, classes=len(splits.classes), input_shape=shape)
+    layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+    return model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
+    """The recipe's optimizer, fused where the device has such kernels."""
+    held = list(model.parameters())
+    fused = held[0].device.type in ("cpu", "cuda")
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            held,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            fused=fused,
+        )
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(held, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
+
+
+def wrapper(recipe: Recipe) -> Callable[[nn.Module], nn.Module] | None:
+    """What goes around the bare model: DDP, torch.compile, or nothing."""
+    if distributed.workers() == 1 and not recipe.compile:
+        return None
+    return lambda model: distributed.wrap(model, compile=recipe.compile)
+
+
+def size(model: nn.Module, sample: Tensor) -> tuple[tuple[int, int], int]:
+    """Parameters (stored, trainable) and forward FLOPs of the sample."""
+    count = accounting.parameters(model)
+    return (count.stored, count.trainable), accounting.flops(model, sample)
+
+
+def load(resume: str | Path, recipe: Recipe, splits: data.Splits) -> checkpoint.Checkpoint:
+    """Read a checkpoint that this recipe and these images can go on from.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another recipe or other images.
+    """
+    saved = checkpoint.load(resume)
+    if not isinstance(saved.extra.get("recipe"), Mapping):
+        raise CheckpointError(
+            f"{saved.path} holds no recipe, so `rankwise train` did not write it; resume it from "
+            "the program that did, with rankwise.start(..., resume=...)"
+        )
+    changed = Recipe.from_mapping(saved.extra["recipe"]).difference(recipe)
+    if changed:
+        listed = ", ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
+        raise CheckpointError(
+            f"{saved.path} was trained with another recipe ({listed}); a resumed run has to be the "
+            "same run: leave these as they were, or start a new one without --resume"
+        )
+    if saved.extra["checksum"] != splits.checksum:
+        raise CheckpointError(
+            f"{saved.path} was trained on other images: {splits.name} has the checksum "
+            f"{splits.checksum}, then it was {saved.extra['checksum']}"
+        )
+    return saved
