@@ -657,8 +657,14 @@ def encoder(layers: int = 2, **options: Any) -> Any:
 
 
 def count_calls(layer: Any) -> list[int]:
-    calls: list[int] = []
-    layer.v.register_forward_hook(lambda *a: calls.append(1))
+    """Counts without a hook: a hook would by itself keep torch off the fast path."""
+    calls, forward = [], layer.forward
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(1)
+        return forward(x)
+
+    layer.forward = counted
     return calls
 
 
