@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -505,6 +507,51 @@ def test_state_of_another_composition_is_refused() -> None:
     fresh = rankwise.start(other, rankwise.Dense(), sgd(other))
     with pytest.raises(LifeCycleError, match=r"0:Pufferfish.*0:Dense"):
         fresh.load_state_dict(state, model.state_dict())
+
+
+def test_a_method_can_be_tried_again_after_a_failed_start() -> None:
+    model, method = network(), pufferfish(layers="nothing")
+    optimizer = sgd(model)
+    for _ in range(2):
+        with pytest.raises(SelectionError, match="'nothing' matches none"):
+            rankwise.start(model, method, optimizer)
+
+
+def test_an_optimizer_belongs_to_one_run_at_a_time() -> None:
+    model = network()
+    optimizer = sgd(model)
+    run = rankwise.start(model, rankwise.Dense(), optimizer)
+    with pytest.raises(LifeCycleError, match="already belongs to a run"):
+        rankwise.start(model, rankwise.Dense(), optimizer)
+    run.finish()
+    rankwise.start(model, rankwise.Dense(), optimizer)
+
+
+def test_a_copy_made_while_the_first_forward_is_awaited_is_free_of_hooks_after_its_own() -> None:
+    model = network()
+    optimizer = sgd(model)
+    run = rankwise.start(model, pufferfish(), optimizer)
+    twin = copy.deepcopy(model)
+    twin(batch(0)[0])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules())
+    assert run.context.trace is None
+    train(model, optimizer, range(1))
+    assert run.context.trace is not None
+
+
+def test_the_dense_weight_is_freed_at_the_switch() -> None:
+    model = network()
+    optimizer = sgd(model)
+    run = rankwise.start(model, pufferfish(), optimizer, probe=lambda m: 0.0)
+    weight: Any = model[2].weight
+    gone = weakref.ref(weight)
+    kept = list(model.parameters())
+    train(model, optimizer, range(SWITCH + 1))
+    assert weight.grad is None, "a list of parameters kept by the loop would clip by it"
+    del weight, kept
+    gc.collect()
+    assert gone() is None
+    assert run.step == SWITCH + 1
 
 
 def test_a_scheduler_that_begins_anew_after_a_resume_is_warned_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from weakref import WeakSet
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -86,11 +87,30 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
             "an LR scheduler was built on this optimizer before rankwise.start; build it after, so "
             "that it also drives the parameter groups that methods add"
         )
+    if optimizer in _held:
+        raise LifeCycleError(
+            "this optimizer already belongs to a run; pass several methods as a list to one "
+            "rankwise.start, or call finish() on the other run first"
+        )
     if not held_by(optimizer, model.parameters()):
         raise LifeCycleError(
             f"the optimizer holds none of the parameters of {type(model).__name__}; build it from "
             "this model's parameters(), after the model was moved or changed"
         )
+
+
+# Optimizers whose step hooks a run hangs on: with two runs every step would count twice.
+_held: WeakSet[Optimizer] = WeakSet()
+
+
+def take_hold(optimizer: Optimizer) -> None:
+    """Mark an optimizer as belonging to a run."""
+    _held.add(optimizer)
+
+
+def let_go(optimizer: Optimizer) -> None:
+    """The run has ended."""
+    _held.discard(optimizer)
 
 
 def leave_skipping_to_the_scaler(optimizer: Optimizer) -> None:

@@ -175,6 +175,10 @@ class Method:
             )
         self._context = context
 
+    def detach(self) -> None:
+        """Leave a run that could not be started, so that the same instance can be tried again."""
+        self._context = None
+
     def choice(self) -> dict[str, Any]:
         """The layer choice among this method's options, as `rankwise.plan` takes it."""
         names = ("layers", "exclude", "keep_first", "keep_last", "norm")

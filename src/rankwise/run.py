@@ -18,14 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankwise import accounting, checkpoint, distributed, surgery
-from rankwise.composition import (
-    check_methods,
-    check_model,
-    check_optimizer,
-    leave_skipping_to_the_scaler,
-    warn_of_new_rates,
-)
+from rankwise import accounting, checkpoint, composition, distributed, surgery
 from rankwise.errors import LifeCycleError, PlanError
 from rankwise.followers import give_structure
 from rankwise.handle import ModelHandle, Wrap
@@ -93,23 +86,27 @@ def start(
         CheckpointError: a checkpoint that cannot be resumed.
     """
     methods = tuple(methods) if isinstance(methods, Sequence) else (methods,)
-    check_methods(methods)
-    check_model(model)
+    composition.check_methods(methods)
+    composition.check_model(model)
     context = Context(steps_per_epoch, total_steps, seed)
     if sample is not None:
         context.trace = accounting.trace(model, sample)
     if isinstance(optimizer, Optimizer):
-        check_optimizer(optimizer, model)
+        composition.check_optimizer(optimizer, model)
     run = Run(model, methods, context, clip_norm, wrap, probe, on_event)
     saved = None if resume is None else checkpoint.load(resume)
     for method in methods:
         method.attach(context)
-    prepared = NO_CHANGE if saved is not None else run._prepare()
-    run._adopt(optimizer, prepared)
-    if saved is not None:
-        run.load_state_dict(saved.run, saved.weights)
-        run.resumed = saved
-    run._begin(hooks)
+    try:
+        run._adopt(optimizer, NO_CHANGE if saved is not None else run._prepare())
+        if saved is not None:
+            run.load_state_dict(saved.run, saved.weights)
+            run.resumed = saved
+        run._begin(hooks)
+    except BaseException:
+        for method in methods:
+            method.detach()
+        raise
     return run
 
 
@@ -167,7 +164,7 @@ class Run:
         if self._watcher and self._watcher.trace:
             self.context.trace, self._watcher = self._watcher.trace, None
         if self._saved_rates:
-            warn_of_new_rates(self.optimizer, self._saved_rates, self.step)
+            composition.warn_of_new_rates(self.optimizer, self._saved_rates, self.step)
             self._saved_rates = []
         if self._unproven:
             distributed.compare_gradients(
@@ -228,6 +225,7 @@ class Run:
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
+        composition.let_go(self.optimizer)
         if self._watcher is not None:
             self._watcher.remove()
         return self.bare
@@ -289,13 +287,13 @@ class Run:
         given = isinstance(optimizer, Optimizer)
         self.optimizer = optimizer if given else optimizer(self.bare)
         if not given:
-            check_optimizer(self.optimizer, self.bare)
+            composition.check_optimizer(self.optimizer, self.bare)
         for method in self.methods:
             open_roles(self.optimizer, method.roles())
         if given and prepared:
             rebind(self.optimizer, prepared, self._names())
         self._lr = LearningRateScale(self.optimizer)
-        leave_skipping_to_the_scaler(self.optimizer)
+        composition.leave_skipping_to_the_scaler(self.optimizer)
 
     def _prepare(self) -> Change:
         total = Change()
@@ -319,6 +317,7 @@ class Run:
             self._handle.wrap_again()
         self._announce_plan()
         if hooks:
+            composition.take_hold(self.optimizer)
             self._hooks = [
                 self.optimizer.register_step_pre_hook(self._on_step),
                 self.optimizer.register_step_post_hook(self._on_stepped),

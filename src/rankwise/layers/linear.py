@@ -98,7 +98,7 @@ class LowRankLinear(LowRankLayer):
     def forward(self, x: Tensor) -> Tensor:
         codes = self.v(x)
         if self.norm is not None:
-            codes = self.norm(codes.flatten(0, -2)).view_as(codes)
+            codes = self.norm(codes.reshape(-1, self.rank)).view_as(codes)
         return self.u(codes)
 
     def extra_repr(self) -> str:

@@ -181,6 +181,7 @@ def _replace(optimizer: Optimizer, places: _Places, old: Parameter, new: Success
     if not places.insert(old, new, keep=False):
         return Rebound(outside=1)
     state = optimizer.state.pop(old, {})
+    old.grad = None  # loops that kept a list of parameters must not clip by a gradient of the past
     stepped = [p for p in new.parameters if p.requires_grad]
     if not state or new.carry is None:
         return Rebound(fresh=len(stepped))
