@@ -55,9 +55,9 @@ def plan(plan: Plan) -> RenderableType:
 
 def _numbers(*columns: str) -> Table:
     """A table whose first column names a row and whose others hold numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table
 
 
@@ -74,9 +74,9 @@ def comparison(results: Sequence[Result]) -> RenderableType:
     dense = groups.get("dense")
     table = _numbers(
         "method",
-        "test\nacc. %",
+        "test %",
         "stored\nparam.",
-        "trained\nparam.",
+        "trainable\nparam.",
         "FLOPs\n/ image",
         "ms/step\ndense",
         "ms/step\nlow-rank",
@@ -97,10 +97,7 @@ Column = tuple[Callable[[Result], float | None], Callable[[Sequence[float]], str
 
 def _accuracy(values: Sequence[float]) -> str:
     mean = f"{100 * statistics.fmean(values):.2f}"
-    if len(values) == 1:
-        return mean
-    # Bound by spaces that do not break, or a narrow table would put the spread on its own line.
-    return f"{mean}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{100 * statistics.stdev(values):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def _seconds(values: Sequence[float]) -> str:

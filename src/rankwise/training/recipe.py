@@ -71,7 +71,7 @@ class Recipe:
     )
     checkpoint_every: int = option(1, "epochs between two checkpoints", at_least=1)
     amp: str = option("none", "arithmetic of reduced precision", choices=("none", "bf16", "fp16"))
-    channels_last: bool = option(False, "keep images and kernels in channels-last order")
+    channels_last: bool = option(True, "keep images and kernels in channels-last order")
     compile: bool = option(False, "run the network through torch.compile")
     threads: int | None = option(None, "CPU threads (none: torch decides)", at_least=1)
 
