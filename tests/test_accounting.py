@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from rankwise.accounting import Call, Trace, flops, parameters, trace, watch
+from rankwise.accounting import Call, Trace, flops, parameters, running_statistics, trace, watch
 from rankwise.errors import LifeCycleError
 from rankwise.models import build
 
@@ -432,3 +432,9 @@ def test_a_count_on_meta_allocates_no_copy_of_the_model() -> None:
 def test_the_error_of_a_wrong_sample_is_the_one_of_the_real_forward() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         flops(nn.Linear(3, 2), noise(4, 5))
+
+
+def test_running_statistics_are_those_of_normalisation_in_eval_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.LayerNorm(2))
+    assert running_statistics(model) == 1
+    assert running_statistics(nn.BatchNorm1d(3, track_running_stats=False)) == 0

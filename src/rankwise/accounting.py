@@ -94,6 +94,14 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
     return watcher.trace
 
 
+def running_statistics(model: nn.Module) -> int:
+    """How many layers normalise in eval mode by statistics gathered during training (BatchNorm).
+
+    After a change of the weights before them these are out of date for some training steps.
+    """
+    return sum(getattr(m, "running_mean", None) is not None for m in model.modules())
+
+
 def watch(model: nn.Module) -> Watcher:
     """Record the next complete forward of a model, in whatever mode it runs.
 

@@ -358,6 +358,7 @@ class Run:
                 "loss_before": before,
                 "loss_after": after,
                 "moments": {**vars(moments), "unknown": list(moments.unknown)},
+                "running_statistics": accounting.running_statistics(self.bare),
                 "seconds": time.perf_counter() - began,
                 **change.notes,
             }

@@ -145,6 +145,10 @@ def describe(switch: Switch) -> list[str]:
     ]
     if event["loss_before"] is not None:
         lines.append(f"  validation loss  {event['loss_before']:.4f} -> {event['loss_after']:.4f}")
+        if event.get("running_statistics"):
+            lines.append(
+                "                   (by the dense layers' BatchNorm statistics, which now adapt)"
+            )
     lines.append(
         f"  parameters       {tables.short(before)} -> {tables.short(after)} ({after / before:.0%})"
     )
