@@ -15,6 +15,7 @@ import rankwise
 from rankwise import data
 from rankwise.errors import CheckpointError, NonFiniteLossError, OptionError
 from rankwise.training import Interrupted, Recipe, records, train
+from rankwise.training.clock import Clock
 from rankwise.training.report import Progress, Silent, Switch
 
 STEPS_PER_EPOCH, SWITCH = 8, 11
@@ -287,3 +288,14 @@ def test_a_wrong_method_option_fails_before_anything_is_written(tmp_path):
     with pytest.raises(OptionError, match="unknown method 'densee'; did you mean 'dense'"):
         train(recipe(method="densee", method_options={}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_clock_shows_the_old_step_time_until_the_new_structure_has_stepped() -> None:
+    clock = Clock(torch.device("cpu"))
+    clock.restore([[3.0, 5.0, 4.0]])
+    clock.new_phase()
+    assert clock.median(-1) is None
+    assert clock.recent(20) == 4.0
+    clock.phases[-1].append(1.0)
+    assert clock.recent(20) == 1.0
+    assert Clock(torch.device("cpu")).recent(20) is None

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from rankwise.errors import OptionError, unknown
+from rankwise.errors import OptionError, RankwiseError, unknown
 
 T = TypeVar("T")
 
@@ -123,7 +123,7 @@ def convert(value: Any, field: dataclasses.Field[Any], hint: Any, *, owner: str)
     try:
         return parse(value) if parse else _as_type(value, hint)
     except (TypeError, ValueError) as error:
-        if isinstance(error, OptionError):
+        if isinstance(error, RankwiseError):
             raise
         wanted = getattr(hint, "__name__", str(hint))
         raise OptionError(

@@ -141,7 +141,8 @@ def describe(switch: Switch) -> list[str]:
     before, after = event["parameters"]
     lines = [
         f"switch after epoch {switch.epoch:.2f} (step {event['step']}): {event['method']}, "
-        f"{event['layers']} layers low-rank, in {event['seconds']:.2f} s"
+        f"{event['layers']} layer{'' if event['layers'] == 1 else 's'} low-rank, "
+        f"in {event['seconds']:.2f} s"
     ]
     if event["loss_before"] is not None:
         lines.append(f"  validation loss  {event['loss_before']:.4f} -> {event['loss_after']:.4f}")

@@ -52,6 +52,12 @@ class Clock:
         times = list(self.phases[phase])[-latest:]
         return statistics.median(times) if times else None
 
+    def recent(self, latest: int) -> float | None:
+        """Median of the newest steps; right after a change, of those before it."""
+        self._collect()
+        newest = next((phase for phase in reversed(self.phases) if phase), ())
+        return statistics.median(list(newest)[-latest:]) if newest else None
+
     def state(self) -> list[list[float]]:
         """All times, as plain lists."""
         self._collect()

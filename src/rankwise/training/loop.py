@@ -186,7 +186,7 @@ class Loop:
         self.epoch_loss += latest * len(self._unseen)
         self._unseen.clear()
         self._show_switch()
-        step_ms = self.clock.median(-1, latest=20)
+        step_ms = self.clock.recent(20)
         self.journal.report.step(
             Progress(
                 epoch=epoch + 1,
@@ -227,7 +227,7 @@ class Loop:
             validation_loss=loss,
             validation_accuracy=accuracy,
             lr=float(self.scheduler.get_last_lr()[0]),
-            step_ms=self.clock.median(-1, latest=self.steps_per_epoch),
+            step_ms=self.clock.recent(self.steps_per_epoch),
             seconds=self._elapsed(),
         )
         self.epoch_loss = 0.0
