@@ -299,3 +299,21 @@ def test_the_clock_shows_the_old_step_time_until_the_new_structure_has_stepped()
     clock.phases[-1].append(1.0)
     assert clock.recent(20) == 1.0
     assert Clock(torch.device("cpu")).recent(20) is None
+
+
+@pytest.mark.parametrize("warmup_epochs", [1, 1.5])
+def test_what_is_shown_comes_in_the_order_in_which_it_happened(warmup_epochs):
+    shown = []
+
+    class Watch(Silent):
+        def switch(self, switch: Switch) -> None:
+            assert switch.step_ms_after is not None
+            shown.append("switch")
+
+        def epoch(self, record) -> None:
+            shown.append(record["epoch"])
+
+    options = {"ranks": 8, "warmup_epochs": warmup_epochs}
+    train(recipe(method_options=options, epochs=3), report=Watch())
+    # The epoch that ends in the switch is validated after it, by the low-rank weights.
+    assert shown == (["switch", 1, 2, 3] if warmup_epochs == 1 else [1, "switch", 2, 3])

@@ -125,6 +125,7 @@ class Loop:
         self.switches: list[dict[str, Any]] = []
         self._unseen: list[Tensor] = []
         self._unshown: Switch | None = None
+        self._unshown_epoch: dict[str, Any] | None = None
         # Reading a loss waits for the GPU, and agreeing costs a message: not at every step there.
         alone = distributed.workers() == 1
         self._look_every = 1 if alone and device.type == "cpu" else 10
@@ -214,6 +215,7 @@ class Loop:
     def _stop_if_asked(self, stop: StopRequest) -> None:
         number = max(distributed.gather(stop.signal))
         if number:
+            self._show_switch(now=True)
             self._save()
             raise Interrupted(self.journal.out, self.run.step, number)
 
@@ -233,7 +235,10 @@ class Loop:
         self.epoch_loss = 0.0
         if (epoch + 1) % self.recipe.checkpoint_every == 0 or epoch + 1 == self.recipe.epochs:
             self._save()
-        self.journal.report.epoch(record)
+        if self._unshown is None:
+            self.journal.report.epoch(record)
+        else:  # it ended in a switch, which is shown first, when its step time is known
+            self._unshown_epoch = record
 
     @torch.no_grad()
     def evaluate(self, split: data.Split) -> tuple[float, float]:
@@ -285,6 +290,9 @@ class Loop:
         switch = dataclasses.replace(self._unshown, step_ms_after=self.clock.median(-1))
         self._unshown = None
         self.journal.report.switch(switch)
+        if self._unshown_epoch is not None:
+            self.journal.report.epoch(self._unshown_epoch)
+            self._unshown_epoch = None
 
     def _save(self) -> None:
         extra = {
