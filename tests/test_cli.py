@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import rankwise
 from rankwise import data
 from rankwise.cli import main
+from rankwise.cli.console import Live
 from rankwise.cli.parser import parse
 from rankwise.methods import METHODS
 from rankwise.training import records
@@ -39,7 +40,7 @@ def small_images(monkeypatch):
         test=planted(2, 64),
         checksum="0123456789abcdef",
     )
-    monkeypatch.setattr(data, "load", lambda name, size=None: splits)
+    monkeypatch.setattr(data, "load", lambda name, **_: splits)
 
 
 def program(*arguments: str) -> list[str]:
@@ -241,3 +242,11 @@ def test_two_workers_train_under_torchrun(tmp_path):
         rtol=1e-3,
         atol=0,
     )
+
+
+def test_reading_images_is_shown_and_leaves_the_terminal_as_it_was():
+    live = Live()
+    live.loading(1, 3)
+    assert live._bar is not None
+    live.loading(3, 3)
+    assert live._bar is None

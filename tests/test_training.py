@@ -42,7 +42,7 @@ def small_images(monkeypatch, tmp_path):
         test=planted(2, 64),
         checksum="0123456789abcdef",
     )
-    monkeypatch.setattr(data, "load", lambda name, size=None: splits)
+    monkeypatch.setattr(data, "load", lambda name, **_: splits)
     monkeypatch.chdir(tmp_path)
 
 
@@ -175,7 +175,7 @@ def test_the_test_images_decide_nothing(monkeypatch):
     splits = data.load("planted")
     other = data.Split(splits.test.images.flip(0), splits.test.labels)
     changed = data.Splits(**{**vars(splits), "test": other})
-    monkeypatch.setattr(data, "load", lambda name, size=None: changed)
+    monkeypatch.setattr(data, "load", lambda name, **_: changed)
     second = train(recipe(out="second"))
     assert first.test_loss != second.test_loss
     assert_close(end_state("first"), end_state("second"), rtol=0, atol=0)
@@ -214,7 +214,7 @@ def test_other_images_are_refused(monkeypatch):
     with pytest.raises(Interrupted):
         train(recipe(out="out"), report=StopAt(3))
     changed = data.Splits(**{**vars(data.load("planted")), "checksum": "f" * 16})
-    monkeypatch.setattr(data, "load", lambda name, size=None: changed)
+    monkeypatch.setattr(data, "load", lambda name, **_: changed)
     with pytest.raises(CheckpointError, match="other images: planted has the checksum ffff"):
         train(recipe(out="out"), resume="out")
 

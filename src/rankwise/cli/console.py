@@ -97,6 +97,22 @@ class Live(Plain):
         super().__init__()
         self._bar: Progress | None = None
 
+    def loading(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("reading images"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                transient=True,
+            )
+            self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=done)
+        if done == total:
+            self.close()
+
     def step(self, progress: Position) -> None:
         if self._bar is None:
             self._bar = Progress(

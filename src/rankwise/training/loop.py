@@ -27,7 +27,7 @@ from rankwise.training.clock import Clock
 from rankwise.training.interrupt import Interrupted, StopRequest, listen
 from rankwise.training.journal import Journal
 from rankwise.training.recipe import Recipe
-from rankwise.training.report import Progress, Reporter, Result, Switch
+from rankwise.training.report import Progress, Reporter, Result, Silent, Switch
 
 PROBE_IMAGES = 500
 EVALUATION_BATCH = 500
@@ -58,7 +58,7 @@ def train(
     device = distributed.initialize()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    splits = data.load(recipe.data, size=recipe.image_size)
+    splits = data.load(recipe.data, size=recipe.image_size, progress=(report or Silent()).loading)
     steps_per_epoch = data.steps_per_epoch(splits.train, recipe.batch_size)
     saved = None if resume is None else setup.load(resume, recipe, splits)
     out = Path(distributed.share(str(saved.path.parent if saved else records.place(recipe))))

@@ -77,6 +77,10 @@ class Result:
 class Reporter(Protocol):
     """Whoever shows a run; worker 0 alone calls it."""
 
+    def loading(self, done: int, total: int) -> None:
+        """So many of the data set's images are read."""
+        ...
+
     def start(self, recipe: Recipe, out: Path, facts: Mapping[str, Any]) -> None:
         """The run begins; `facts` is the `start` line of the records."""
         ...
@@ -104,6 +108,8 @@ class Reporter(Protocol):
 
 class Silent:
     """Shows nothing."""
+
+    def loading(self, done: int, total: int) -> None: ...
 
     def start(self, recipe: Recipe, out: Path, facts: Mapping[str, Any]) -> None: ...
 
