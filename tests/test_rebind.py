@@ -294,14 +294,46 @@ def test_kept_fraction_of_moments_is_the_largest(keep: float, left: int) -> None
     assert float(state["step"]) == 5.0
 
 
-def test_factors_of_a_frozen_weight_stay_out_of_the_optimizer() -> None:
+def test_factors_of_a_frozen_weight_are_frozen_and_train_once_thawed() -> None:
+    """Gradual unfreezing: the optimizer holds frozen parameters, so it must hold their factors."""
     model = network()
-    model[5].weight.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     step(model, optimizer, 0)
+    weight: Any = model[5].weight
+    weight.requires_grad_(False)
+    momentum = optimizer.state[weight]["momentum_buffer"].clone()
     rebind(optimizer, rankwise.factorize(model, {"5": 4}))
     low: Any = model[5]
+    u, v = (f.clone() for f in low.factors())
     assert not low.u.weight.requires_grad
-    held = {id(p) for p in optimizer.param_groups[0]["params"]}
-    assert id(low.u.weight) not in held
+    torch.testing.assert_close(
+        optimizer.state[low.v.weight]["momentum_buffer"], u.T @ momentum, rtol=1e-5, atol=1e-7
+    )
     step(model, optimizer, 1)
+    torch.testing.assert_close(low.factors(), (u, v), rtol=0, atol=0)
+    for p in low.parameters():
+        p.requires_grad_(True)
+    step(model, optimizer, 2)
+    assert not torch.equal(low.factors()[0], u)
+    assert not torch.equal(low.factors()[1], v)
+
+
+def test_an_optimizer_with_eager_state_has_some_for_every_parameter_that_joins() -> None:
+    model = network()
+    optimizer = torch.optim.Adagrad(model.parameters(), initial_accumulator_value=0.5)
+    step(model, optimizer, 0)
+    rebind(optimizer, rankwise.factorize(model, 4))
+    rebind(optimizer, rankwise.to_dense(model))
+    dense: Any = model[5]
+    state = optimizer.state[dense.weight]
+    assert float(state["step"]) == 0.0
+    torch.testing.assert_close(state["sum"], torch.full((40, 384), 0.5), rtol=0, atol=0)
+    step(model, optimizer, 1)
+
+
+def test_roles_of_an_earlier_run_on_the_optimizer_are_used_again() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    for decay in (0.0, 0.01):
+        open_roles(optimizer, {"factors": {"weight_decay": decay}})
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.01]

@@ -20,9 +20,13 @@ class LearningRateScale:
         self.restore()
         if factor == 1.0:
             return
+        scaled: set[int] = set()
         for group in self._optimizer.param_groups:
             lr = group["lr"]
             if isinstance(lr, Tensor):  # captured graphs hold this very tensor: edit in place
+                if id(lr) in scaled:  # groups made with one default share it
+                    continue
+                scaled.add(id(lr))
                 self._saved.append((group, lr.clone()))
                 lr.mul_(factor)
             else:

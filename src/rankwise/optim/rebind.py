@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim import Optimizer
+from torch.optim import Adagrad, Optimizer
 
 from rankwise.errors import LifeCycleError
 from rankwise.method import Change, Successors
@@ -65,11 +65,16 @@ def open_roles(optimizer: Optimizer, roles: Mapping[str, Mapping[str, Any]]) -> 
     """Add an empty twin of every parameter group for each role a method declared.
 
     Made at the start, so that a scheduler built afterwards drives them and the number of groups
-    never changes. A twin has its group's options but for those the role overrides.
+    never changes. A twin has its group's options but for those the role overrides; one that an
+    earlier run on this optimizer left is used again.
     """
-    originals = list(optimizer.param_groups)
+    present = {group[ROLE]: group for group in optimizer.param_groups if ROLE in group}
+    originals = [(i, g) for i, g in enumerate(optimizer.param_groups) if ROLE not in g]
     for role, options in roles.items():
-        for index, group in enumerate(originals):
+        for index, group in originals:
+            if f"{index}:{role}" in present:
+                present[f"{index}:{role}"].update(options)
+                continue
             twin = {k: v for k, v in group.items() if k not in ("params", "param_names")}
             # A learning rate kept as a tensor is stepped in place: twins must not share it.
             twin = {k: v.clone() if isinstance(v, Tensor) else v for k, v in twin.items()}
@@ -106,6 +111,7 @@ def rebind(
         places.remove(parameter)
         optimizer.state.pop(parameter, None)
     places.rename()
+    _begin_eager_states(optimizer, change)
     reset = sum(
         forget_moments_(optimizer.state.get(p, {}), keep) for p, keep in change.rewritten.items()
     )
@@ -117,6 +123,19 @@ def rebind(
         outside=sum(r.outside for r in reports),
         reset=reset,
     )
+
+
+def _begin_eager_states(optimizer: Optimizer, change: Change) -> None:
+    # Adagrad makes state when it is built; not every version does for a parameter that came later.
+    if not isinstance(optimizer, Adagrad):
+        return
+    joined = {p for s in (*change.replaced.values(), *change.added.values()) for p in s.parameters}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in joined and not optimizer.state.get(parameter):
+                total = torch.full_like(parameter, group["initial_accumulator_value"])
+                steps = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
+                optimizer.state[parameter] = {"step": steps, "sum": total.detach()}
 
 
 class _Places:
@@ -133,7 +152,11 @@ class _Places:
         if group is None:
             return False
         target = self._twin(group, new.role)
-        fresh = [p for p in new.parameters if p.requires_grad and p not in self.group_of]
+        # A frozen parameter that the optimizer holds may be thawed later; so may its successors.
+        frozen = not keep and not anchor.requires_grad
+        fresh = [
+            p for p in new.parameters if p not in self.group_of and (p.requires_grad or frozen)
+        ]
         at = _index(group, anchor)
         if target is group:
             at += 1
@@ -182,7 +205,7 @@ def _replace(optimizer: Optimizer, places: _Places, old: Parameter, new: Success
         return Rebound(outside=1)
     state = optimizer.state.pop(old, {})
     old.grad = None  # loops that kept a list of parameters must not clip by a gradient of the past
-    stepped = [p for p in new.parameters if p.requires_grad]
+    stepped = [p for p in new.parameters if p in places.group_of]
     if not state or new.carry is None:
         return Rebound(fresh=len(stepped))
     unknown = tuple(key for key, value in state.items() if not _carriable(key, value, old))
@@ -190,7 +213,7 @@ def _replace(optimizer: Optimizer, places: _Places, old: Parameter, new: Success
         return Rebound(fresh=len(stepped), unknown=unknown)
     carried = carry_state(state, new, old)
     for parameter, successor_state in carried.items():
-        if parameter.requires_grad:
+        if parameter in places.group_of:
             optimizer.state[parameter] = successor_state
     with_moments = sum(p in carried for p in stepped)
     return Rebound(carried=with_moments, fresh=len(stepped) - with_moments)
