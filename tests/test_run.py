@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import logging
+import pickle
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -386,7 +387,7 @@ def test_finish_takes_the_hooks_off_and_says_what_never_happened(
     train(model, optimizer, range(2))
     with caplog.at_level(logging.WARNING):
         run.finish()
-    assert "never switched: the run ended after step 2" in caplog.text
+    assert "never switches: the run ends after step 2" in caplog.text
     train(model, optimizer, range(2))
     assert run.step == 2
 
@@ -574,6 +575,209 @@ def test_a_scheduler_that_begins_anew_after_a_resume_is_warned_of(
             run.resumed.restore_scheduler(scheduler)
         train(model, optimizer, range(2, 4), scheduler=scheduler)
         assert ("begins anew" in caplog.text) != restored
+
+
+def test_a_learning_rate_tensor_shared_by_groups_is_scaled_once_and_restored() -> None:
+    lr = torch.tensor(0.1)
+    model = network()
+    layers: Any = model
+    optimizer = torch.optim.SGD(
+        [
+            {"params": layers[0].parameters()},
+            {"params": [*layers[2].parameters(), *layers[4].parameters()]},
+        ],
+        lr=lr,
+    )
+    rankwise.start(model, pufferfish(lr_factor=0.5), optimizer)
+    used = []
+    optimizer.register_step_pre_hook(lambda *_: used.append(float(lr)))
+    train(model, optimizer, range(SWITCH + 2))
+    torch.testing.assert_close(used, [0.1] * SWITCH + [0.05] * 2, rtol=1e-6, atol=0.0)
+    assert float(lr) == pytest.approx(0.1)
+
+
+def test_a_first_forward_that_raises_is_forgotten_and_the_next_one_watched() -> None:
+    model = network()
+    optimizer = sgd(model)
+    run = rankwise.start(model, pufferfish(), optimizer)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.zeros(2, 3))
+    train(model, optimizer, range(2))
+    assert run.context.trace is not None
+    assert run.context.trace.order == ("0", "2", "4")
+
+
+def test_a_probe_leaves_modes_and_random_state_as_they_were() -> None:
+    def probe(m: nn.Module) -> float:
+        m.eval()
+        return float(torch.rand(()))
+
+    runs = []
+    for with_probe in (True, False):
+        model = network()
+        model[3] = nn.Dropout(0.5)
+        model[0].eval()
+        optimizer = sgd(model)
+        rankwise.start(model, pufferfish(), optimizer, probe=probe if with_probe else None)
+        train(model, optimizer, range(8))
+        assert not model[0].training
+        assert model[2].training
+        assert model[3].training
+        runs.append(model)
+    assert_same(*runs)
+
+
+def test_a_probe_that_raises_leaves_the_optimizer_in_step_with_the_model() -> None:
+    def probe(m: nn.Module) -> float:
+        raise ArithmeticError("on purpose")
+
+    model = network()
+    optimizer = sgd(model)
+    rankwise.start(model, pufferfish(), optimizer, probe=probe)
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        train(model, optimizer, range(SWITCH))
+    assert isinstance(model[2], LowRankLayer)
+    held = optimizer.param_groups[0]["params"]
+    assert all(a is b for a, b in zip(held, model.parameters(), strict=True))
+
+
+def test_a_switch_inside_autocast_is_made_in_full_precision() -> None:
+    models, states = [], []
+    for autocast in (True, False):
+        model = network()
+        optimizer = sgd(model)
+        rankwise.start(model, pufferfish(), optimizer)
+        for i in range(SWITCH):
+            x, y = batch(i)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                optimizer.step()
+        models.append(model)
+        states.append([optimizer.state[p]["momentum_buffer"] for p in model.parameters()])
+    assert_same(*models)
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def test_replaced_weights_that_the_optimizer_does_not_hold_are_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Two optimizers over one model: the factors would silently not train."""
+    for frozen in (True, False):
+        caplog.clear()
+        model = network()
+        weight: Any = model[2].weight
+        weight.requires_grad_(not frozen)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p is not weight], lr=0.1)
+        rankwise.start(model, pufferfish(), optimizer)
+        train(model, optimizer, range(SWITCH))
+        assert ("factors are not trained by it" in caplog.text) != frozen
+
+
+def test_a_switch_due_after_the_last_step_is_announced_at_the_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = network()
+    rankwise.start(model, pufferfish(warmup_steps=11), sgd(model), total_steps=10)
+    assert "the run ends after step 10, the switch is due after 11" in caplog.text
+
+
+@dataclass
+class Finalizer(Method):
+    """Counts what it is told, in order."""
+
+    def __post_init__(self) -> None:
+        self.calls: list[str] = []
+
+    def prepare(self, model: nn.Module) -> Change:
+        self.calls.append("prepare")
+        return NO_CHANGE
+
+    def after_step(self, model: nn.Module, step: int) -> Change:
+        self.calls.append(f"after {step}")
+        return NO_CHANGE
+
+    def on_change(self, model: nn.Module, change: Change) -> None:
+        self.calls.append(f"change of {', '.join(change.modules)}")
+
+    def finalize(self, model: nn.Module) -> Change:
+        self.calls.append("finalize")
+        return NO_CHANGE
+
+
+def test_finishing_twice_finalises_once() -> None:
+    model, method = network(), Finalizer()
+    run = rankwise.start(model, method, sgd(model))
+    assert run.finish() is model
+    assert run.finish() is model
+    assert method.calls == ["prepare", "finalize"]
+
+
+def test_methods_hear_of_others_changes_once_and_after_their_own_preparation() -> None:
+    orders = {
+        "first": ["prepare", "after 1", "change of 2", "after 2"],
+        "second": ["prepare", "after 1", "after 2", "change of 2"],
+    }
+    for place, expected in orders.items():
+        model, method = network(), Finalizer()
+        optimizer = sgd(model)
+        # Called before the switching method's `after_step` the change comes behind one's own.
+        methods = [pufferfish(warmup_steps=2), method]
+        rankwise.start(model, methods if place == "first" else methods[::-1], optimizer)
+        train(model, optimizer, range(2))
+        assert method.calls == expected
+    for methods, expected in (
+        ([rankwise.Factorized(8), Finalizer()], ["prepare"]),
+        ([Finalizer(), rankwise.Factorized(8)], ["prepare", "change of 2"]),
+    ):
+        model = network()
+        run = rankwise.start(model, methods, sgd(model))
+        method = next(m for m in run.methods if isinstance(m, Finalizer))
+        assert method.calls == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"clip_norm": 0.0}, r"clip_norm=0\.0 must be above 0"),
+        ({"clip_norm": -1.0}, r"clip_norm=-1\.0 must be above 0"),
+        ({"clip_norm": float("nan")}, "clip_norm=nan must be above 0"),
+        ({"steps_per_epoch": 0}, "steps_per_epoch=0 must be at least 1"),
+        ({"total_steps": -4}, "total_steps=-4 must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range_fail_at_the_start(options: dict[str, Any], words: str) -> None:
+    model = network()
+    with pytest.raises(OptionError, match=words):
+        rankwise.start(model, rankwise.Dense(), sgd(model), **options)
+
+
+def test_what_is_no_optimizer_is_refused_with_the_way_out() -> None:
+    model = network()
+    for wrong in (torch.optim.SGD, model.parameters(), lambda m: list(m.parameters())):
+        with pytest.raises(LifeCycleError, match=r"optimizer.*pass an instance.*lambda model"):
+            rankwise.start(model, rankwise.Dense(), wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_one_instance_of_a_method_given_twice_is_refused() -> None:
+    model, method = network(), rankwise.Dense()
+    with pytest.raises(CompositionError, match="same method instance is given twice"):
+        rankwise.start(model, [method, method], sgd(model))
+
+
+def test_a_handle_is_copied_as_the_bare_model_pickled_and_set_through() -> None:
+    model = network()
+    optimizer = sgd(model)
+    run = rankwise.start(model, pufferfish(), optimizer, wrap=nn.DataParallel)
+    twin = copy.deepcopy(run.model)
+    assert type(twin) is nn.Sequential
+    assert_same(twin, model)
+    assert {id(p) for p in twin.parameters()}.isdisjoint(map(id, model.parameters()))
+    again = pickle.loads(pickle.dumps(run.model))
+    x, _ = batch(0)
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+    run.model.dim = 1
+    assert vars(run.model)["_current"].dim == 1
 
 
 @pytest.mark.slow

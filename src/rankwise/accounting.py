@@ -138,6 +138,11 @@ class Watcher:
         self._handles.append(model.register_forward_hook(self._end, always_call=True))
 
     @property
+    def over(self) -> bool:
+        """Whether no more will be recorded, complete or not."""
+        return self._over
+
+    @property
     def trace(self) -> Trace | None:
         """What was recorded, once a forward is complete."""
         if self._over:

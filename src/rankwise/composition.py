@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import WeakSet
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
-from rankwise.errors import CompositionError, LifeCycleError
-from rankwise.method import Method
+from rankwise.errors import CompositionError, LifeCycleError, OptionError
+from rankwise.method import Change, Method
 from rankwise.optim.rebind import held_by
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,11 @@ def check_methods(methods: Sequence[Method]) -> None:
         if not isinstance(method, Method):
             hint = f"; write {method.__name__}()" if isinstance(method, type) else ""
             raise CompositionError(f"{method!r} is no method{hint}")
+    if len({id(method) for method in methods}) < len(methods):
+        raise CompositionError(
+            "the same method instance is given twice, so its hooks would be called twice a step; "
+            "give each one its own"
+        )
     if not methods:
         raise CompositionError("no method given; rankwise.Dense() trains without low rank")
     for method in methods:
@@ -77,6 +82,11 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     Raises:
         LifeCycleError: of another model, closure-driven, or already under a scheduler.
     """
+    if not isinstance(optimizer, Optimizer):
+        raise LifeCycleError(
+            f"a {type(optimizer).__name__} is no optimizer; pass an instance, or a factory such as "
+            "lambda model: torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
     if isinstance(optimizer, LBFGS):
         raise LifeCycleError(
             "LBFGS evaluates the model several times within a step, so no hook sees its gradients; "
@@ -96,6 +106,45 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
         raise LifeCycleError(
             f"the optimizer holds none of the parameters of {type(model).__name__}; build it from "
             "this model's parameters(), after the model was moved or changed"
+        )
+
+
+def made_by(factory: Callable[[nn.Module], Optimizer], model: nn.Module) -> Optimizer:
+    """What an optimizer factory makes of the prepared model.
+
+    Raises:
+        LifeCycleError: it is not such a factory.
+    """
+    if not callable(factory) or (isinstance(factory, type) and issubclass(factory, Optimizer)):
+        what = factory.__name__ if isinstance(factory, type) else f"a {type(factory).__name__}"
+        raise LifeCycleError(
+            f"{what} is neither an optimizer nor a factory called with the model; pass an "
+            "instance, or lambda model: torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+    return factory(model)
+
+
+def check_clip_norm(clip_norm: float | None) -> None:
+    """Refuse a norm to clip to that would turn gradients off, or around.
+
+    Raises:
+        OptionError: not above 0.
+    """
+    if clip_norm is not None and not clip_norm > 0:
+        raise OptionError(f"clip_norm={clip_norm} must be above 0; leave it out not to clip")
+
+
+def check_step(closure: object = None, *others: object, **keywords: object) -> None:
+    """Refuse a closure, given by position or keyword, where step hooks serve the run.
+
+    Raises:
+        LifeCycleError: saying how to go without hooks.
+    """
+    if closure is not None:  # Accelerate passes None by position
+        raise LifeCycleError(
+            "optimizer.step(closure) computes its gradients after the step hook, so the methods "
+            "cannot see them; call backward() before step(), or start(..., hooks=False) and call "
+            "run.before_step() inside the closure and run.after_step() behind the step"
         )
 
 
@@ -122,6 +171,30 @@ def leave_skipping_to_the_scaler(optimizer: Optimizer) -> None:
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010
+
+
+def warn_of_missed_switches(methods: Sequence[Method], last_step: int) -> None:
+    """Say so if a run ends, or is planned to end, before a method has done its work."""
+    for method in methods:
+        switch = getattr(method, "switch_step", None)
+        if isinstance(switch, int) and last_step < switch:
+            logger.warning(
+                "%s never switches: the run ends after step %d, the switch is due after %d",
+                type(method).__name__,
+                last_step,
+                switch,
+            )
+
+
+def warn_of_untrained(change: Change, outside: int) -> None:
+    """Say so if factors are trainable but their optimizer was never told of their predecessors."""
+    trainable = any(p.requires_grad for s in change.replaced.values() for p in s.parameters)
+    if outside and trainable:
+        logger.warning(
+            "the optimizer holds %d of the replaced parameters not at all, so their factors are "
+            "not trained by it; start with the optimizer that holds them, or exclude these layers",
+            outside,
+        )
 
 
 def warn_of_new_rates(optimizer: Optimizer, saved: Sequence[float], step: int) -> None:

@@ -13,6 +13,32 @@ from rankwise.errors import PlanError
 from rankwise.layers import LowRankLayer
 
 
+def inside(copy: nn.Module, model: nn.Module) -> nn.Module:
+    """The copy of the model inside AveragedModel, DDP or torch.compile; the copy itself if bare.
+
+    Raises:
+        PlanError: it is no copy of this model.
+    """
+    if not isinstance(copy, nn.Module):
+        raise PlanError(
+            f"{type(copy).__name__} is no module, so it cannot take on low-rank layers; keep the "
+            "average in a copy of the model, e.g. torch.optim.swa_utils.AveragedModel"
+        )
+    lowered = tuple(f"{name}." for name in surgery.read_plan(model))
+    layers = {n for n, _ in model.named_modules() if not n.startswith(lowered)}
+    candidate: nn.Module | None = copy
+    while candidate is not None:
+        missing = layers - {n for n, _ in candidate.named_modules()}
+        if not missing:
+            return candidate
+        held = candidate._modules
+        candidate = held.get("module", held.get("_orig_mod"))
+    raise PlanError(
+        f"the copy that is to follow has no layer {min(missing)!r}; follow a copy of the same "
+        "model (a wrapper must expose it as .module)"
+    )
+
+
 @torch.no_grad()
 def give_structure(model: nn.Module, copy: nn.Module, changed: Iterable[str] | None = None) -> None:
     """Give the copy the low-rank layers that the model has, keeping the copy's own weights.
@@ -27,13 +53,15 @@ def give_structure(model: nn.Module, copy: nn.Module, changed: Iterable[str] | N
         changed: names to bring up to date; without it all whose structure differs.
 
     Raises:
-        PlanError: the copy has no such layer, or another low-rank form of it.
+        PlanError: the copy has another low-rank form of a layer.
     """
     plan, present = surgery.read_plan(model), surgery.read_plan(copy)
     if changed is None:
         changed = [name for name, spec in plan.items() if present.get(name) != spec]
     names = [name for name in changed if name in plan]
-    _check_same_layers(plan, present, copy, names)
+    for name in names:
+        if name in present and present[name] != plan[name]:
+            raise PlanError(f"{name} is {present[name]} in the copy, {plan[name]} in the model")
 
     def make(name: str, dense: nn.Module, stand_in: type[LowRankLayer], rank: int) -> LowRankLayer:
         layer = stand_in.from_spec(dense, plan[name])
@@ -59,17 +87,3 @@ def _fit(layer: LowRankLayer, like: Any, source: Any) -> None:
     _, v = like.factors()
     matrix = source.weight.detach().flatten(1).to(v)
     layer.set_factors(matrix @ torch.linalg.pinv(v), v)
-
-
-def _check_same_layers(
-    plan: dict[str, Any], present: dict[str, Any], copy: nn.Module, names: Iterable[str]
-) -> None:
-    modules = dict(copy.named_modules())
-    for name in names:
-        if name not in modules:
-            raise PlanError(
-                f"the copy that is to follow has no layer {name!r}; follow a copy of the same "
-                "model (a wrapper must expose it as .module)"
-            )
-        if name in present and present[name] != plan[name]:
-            raise PlanError(f"{name} is {present[name]} in the copy, {plan[name]} in the model")

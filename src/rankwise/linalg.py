@@ -95,6 +95,6 @@ def variance_factors(
         U (M, R) and V (R, N), float32 on the CPU.
     """
     std = (variance / rank) ** 0.25
-    u = torch.randn(shape[0], rank, generator=generator) * std
-    v = torch.randn(rank, shape[1], generator=generator) * std
+    u = torch.randn(shape[0], rank, generator=generator, device="cpu") * std
+    v = torch.randn(rank, shape[1], generator=generator, device="cpu") * std
     return u, v

@@ -118,6 +118,12 @@ class Context:
     seed: int = 0
     trace: Trace | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("steps_per_epoch", "total_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name}={value} must be at least 1; leave it out if unknown")
+
     def steps(self, epochs: float, asked_by: str) -> int:
         """Convert epochs to optimizer steps.
 

@@ -8,7 +8,6 @@ other methods are told, the model is wrapped and compiled again.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,8 +19,9 @@ from torch.optim import Optimizer
 
 from rankwise import accounting, checkpoint, composition, distributed, surgery
 from rankwise.errors import LifeCycleError, PlanError
-from rankwise.followers import give_structure
+from rankwise.followers import give_structure, inside
 from rankwise.handle import ModelHandle, Wrap
+from rankwise.isolation import Probe, losses_around, outside_autocast
 from rankwise.method import NO_CHANGE, Change, Context, Method
 from rankwise.optim.learning_rate import LearningRateScale
 from rankwise.optim.rebind import group_names, open_roles, rebind, regroup
@@ -29,10 +29,6 @@ from rankwise.ranks import Plan
 
 if TYPE_CHECKING:
     from rankwise.checkpoint import Checkpoint
-
-logger = logging.getLogger(__name__)
-
-Probe = Callable[[nn.Module], float]
 
 
 def start(
@@ -69,7 +65,8 @@ def start(
         clip_norm: clip the gradients' global norm before the methods see them.
         wrap: applied to the bare model now and again after every structural change; `run.model`
             is then a stable handle.
-        probe: a loss of the model; recorded just before and after every structural change.
+        probe: a loss of the model; recorded just before and after every structural change. Modes
+            and torch's random state are put back after it.
         on_event: called with every event (a dict of numbers and strings).
         hooks: False for loops that call `run.before_step` and `run.after_step` themselves.
         seed: of the methods' own random numbers.
@@ -88,6 +85,7 @@ def start(
     methods = tuple(methods) if isinstance(methods, Sequence) else (methods,)
     composition.check_methods(methods)
     composition.check_model(model)
+    composition.check_clip_norm(clip_norm)
     context = Context(steps_per_epoch, total_steps, seed)
     if sample is not None:
         context.trace = accounting.trace(model, sample)
@@ -145,7 +143,8 @@ class Run:
         self._hooks: list[Any] = []
         self._unproven: list[tuple[str, nn.Parameter]] = []
         self._announced: Plan | None = None
-        self._watcher: Any = None
+        self._watcher: accounting.Watcher | None = None
+        self._finished = False
         self._saved_rates: list[float] = []
 
     @property
@@ -161,8 +160,8 @@ class Run:
 
     def before_step(self) -> None:
         """Call when gradients are accumulated, reduced and unscaled; the step hook does it."""
-        if self._watcher and self._watcher.trace:
-            self.context.trace, self._watcher = self._watcher.trace, None
+        if self._watcher is not None:
+            self._look_at(self._watcher)
         if self._saved_rates:
             composition.warn_of_new_rates(self.optimizer, self._saved_rates, self.step)
             self._saved_rates = []
@@ -174,8 +173,9 @@ class Run:
         if self.clip_norm is not None:
             held = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(held, self.clip_norm)
-        for method in self.methods:
-            method.before_step(self.bare, self.step + 1)
+        with outside_autocast():
+            for method in self.methods:
+                method.before_step(self.bare, self.step + 1)
         self._announce_plan()
         self._lr.scale(math.prod(method.lr_scale(self.step + 1) for method in self.methods))
 
@@ -187,40 +187,46 @@ class Run:
         """
         self._lr.restore()
         self.step += 1
-        total = Change()
-        for method in self.methods:
-            began = time.perf_counter()
-            change = method.after_step(self.bare, self.step)
-            if change:
-                self._apply(change, method, began)
-                total = total | change
+        total = NO_CHANGE
+        with outside_autocast():
+            for method in self.methods:
+                began = time.perf_counter()
+                change = method.after_step(self.bare, self.step)
+                if change:
+                    self._apply(change, method, began)
+                    total = total | change
         return total
 
     def follow(self, copy: nn.Module) -> None:
         """Keep an averaged copy of the model (EMA, SWA) in step with structural changes.
 
         Its low-rank layers get its own weights, expressed in the basis of the model's V, so that
-        averaging factors stays meaningful. Wrappers with a `.module` are looked through.
+        averaging factors stays meaningful. AveragedModel, DDP and torch.compile are looked
+        through.
+
+        Raises:
+            PlanError: it is no copy of the model.
         """
-        inner: nn.Module = getattr(copy, "module", copy)
+        inner = inside(copy, self.bare)
         give_structure(self.bare, inner)
-        self._followers.append(inner)
+        if not any(known is inner for known in self._followers):
+            self._followers.append(inner)
 
     def finish(self) -> nn.Module:
-        """End the run: finalise the methods, take the hooks off, return the bare model."""
-        for method in self.methods:
-            began = time.perf_counter()
-            change = method.finalize(self.bare)
-            if change:
-                self._apply(change, method, began, kind="finalize")
-            switch = getattr(method, "switch_step", None)
-            if isinstance(switch, int) and self.step < switch:
-                logger.warning(
-                    "%s never switched: the run ended after step %d, the switch was due after %d",
-                    type(method).__name__,
-                    self.step,
-                    switch,
-                )
+        """End the run: finalise the methods, take the hooks off, return the bare model.
+
+        Once is enough; a second call does nothing.
+        """
+        if self._finished:
+            return self.bare
+        self._finished = True
+        with outside_autocast():
+            for method in self.methods:
+                began = time.perf_counter()
+                change = method.finalize(self.bare)
+                if change:
+                    self._apply(change, method, began, kind="finalize")
+        composition.warn_of_missed_switches(self.methods, self.step)
         self._lr.restore()
         for handle in self._hooks:
             handle.remove()
@@ -285,29 +291,32 @@ class Run:
         self, optimizer: Optimizer | Callable[[nn.Module], Optimizer], prepared: Change
     ) -> None:
         given = isinstance(optimizer, Optimizer)
-        self.optimizer = optimizer if given else optimizer(self.bare)
+        self.optimizer = optimizer if given else composition.made_by(optimizer, self.bare)
         if not given:
             composition.check_optimizer(self.optimizer, self.bare)
         for method in self.methods:
             open_roles(self.optimizer, method.roles())
         if given and prepared:
-            rebind(self.optimizer, prepared, self._names())
+            moments = rebind(self.optimizer, prepared, self._names())
+            composition.warn_of_untrained(prepared, moments.outside)
         self._lr = LearningRateScale(self.optimizer)
         composition.leave_skipping_to_the_scaler(self.optimizer)
 
     def _prepare(self) -> Change:
-        total = Change()
-        for method in self.methods:
+        total = NO_CHANGE
+        for position, method in enumerate(self.methods):
             change = method.prepare(self.bare)
-            if change:
-                self._tell_others(method, change)
+            if change:  # methods that are not prepared yet have seen nothing else
+                for earlier in self.methods[:position]:
+                    earlier.on_change(self.bare, change)
             total = total | change
         return total
 
-    def _tell_others(self, method: Method, change: Change) -> None:
-        for other in self.methods:
-            if other is not method:
-                other.on_change(self.bare, change)
+    def _look_at(self, watcher: accounting.Watcher) -> None:
+        if watcher.trace:
+            self.context.trace, self._watcher = watcher.trace, None
+        elif watcher.over:  # that forward raised: out of memory, say, and the loop went on
+            self._watcher = accounting.watch(self.bare)
 
     def _begin(self, hooks: bool) -> None:
         distributed.agree(repr(surgery.read_plan(self.bare)), "the structure of the model")
@@ -316,6 +325,8 @@ class Run:
         if self._handle is not None:
             self._handle.wrap_again()
         self._announce_plan()
+        if self.context.total_steps is not None:
+            composition.warn_of_missed_switches(self.methods, self.context.total_steps)
         if hooks:
             composition.take_hold(self.optimizer)
             self._hooks = [
@@ -324,29 +335,19 @@ class Run:
             ]
 
     def _on_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # args[0] is the optimizer itself; Accelerate passes closure=None by position.
-        if any(a is not None for a in (*args[1:], kwargs.get("closure"))):
-            raise LifeCycleError(
-                "optimizer.step(closure) computes its gradients after the step hook, so the "
-                "methods cannot see them; call backward() before step(), or start(..., "
-                "hooks=False) and call run.before_step() inside the closure and run.after_step() "
-                "behind the step"
-            )
+        composition.check_step(*args[1:], **kwargs)
         self.before_step()
 
     def _on_stepped(self, *_: Any) -> None:
         self.after_step()
 
     def _apply(self, change: Change, method: Method, began: float, kind: str = "switch") -> None:
-        before = after = None
-        if change.modules and self.probe is not None:
-            with surgery.undone(self.bare, change):
-                before = self.probe(self.bare)
         moments = rebind(self.optimizer, change, self._names())
+        composition.warn_of_untrained(change, moments.outside)
         if change.structural:
             self._end_phase(change, method)
-        if change.modules and self.probe is not None:
-            after = self.probe(self.bare)
+        # Only now: a probe that raises must not leave the optimizer behind.
+        before, after = losses_around(change, self.bare, self.probe)
         stored = accounting.parameters(self.bare).stored
         self._record(
             {
@@ -372,7 +373,9 @@ class Run:
         distributed.broadcast_([p.data for p in new] + [t for t in states if isinstance(t, Tensor)])
         for copy in self._followers:
             give_structure(self.bare, copy, change.modules)
-        self._tell_others(method, change)
+        for other in self.methods:
+            if other is not method:
+                other.on_change(self.bare, change)
         if self._handle is not None:
             self._handle.wrap_again()
         elif distributed.workers() > 1:

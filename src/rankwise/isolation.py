@@ -1,0 +1,54 @@
+"""What the loop and the run's own work must not do to each other: precision, modes, randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise import surgery
+from rankwise.method import Change
+
+Probe = Callable[[nn.Module], float]
+
+_NOTHING = nullcontext()
+
+
+def outside_autocast() -> AbstractContextManager[Any]:
+    """Full precision for the methods' hooks: some loops call step() inside torch.autocast."""
+    active = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    if not active:
+        return _NOTHING
+    stack = ExitStack()
+    for device in active:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
+def losses_around(
+    change: Change, model: nn.Module, probe: Probe | None
+) -> tuple[float, float] | tuple[None, None]:
+    """What the probe says of the model without and with a change of its modules.
+
+    Training goes on as if it had not been called: modes of all modules and torch's random state
+    are put back, also if it raises.
+    """
+    if probe is None or not change.modules:
+        return None, None
+    with surgery.undone(model, change):
+        before = _measure(probe, model)
+    return before, _measure(probe, model)
+
+
+def _measure(probe: Probe, model: nn.Module) -> float:
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            return float(probe(model))
+        finally:
+            for module, mode in modes:
+                module.training = mode
