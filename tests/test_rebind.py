@@ -232,6 +232,17 @@ def test_names_of_named_parameters_stay_in_step() -> None:
     assert optimizer.param_groups[0]["param_names"] == [n for n, _ in model.named_parameters()]
 
 
+def test_roles_of_an_optimizer_with_names_keep_them() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    open_roles(optimizer, {"factors": {"weight_decay": 0.0}})
+    change = rankwise.factorize(model, {"5": 4})
+    moved = {p: Successors(s.parameters, s.carry, "factors") for p, s in change.replaced.items()}
+    names = {p: name for name, p in model.named_parameters()}
+    rebind(optimizer, Change(replaced=moved, modules=change.modules), names)
+    assert optimizer.param_groups[1]["param_names"] == ["5.v.weight", "5.u.weight"]
+
+
 def test_what_the_optimizer_does_not_hold_stays_out_of_it() -> None:
     model = network()
     optimizer = torch.optim.SGD(model[5].parameters(), lr=0.1)

@@ -780,6 +780,15 @@ def test_a_handle_is_copied_as_the_bare_model_pickled_and_set_through() -> None:
     assert vars(run.model)["_current"].dim == 1
 
 
+def test_a_new_wrapper_is_in_the_mode_of_the_model() -> None:
+    model = network()
+    optimizer = sgd(model)
+    run = rankwise.start(model, pufferfish(), optimizer, wrap=nn.DataParallel)
+    run.model.eval()
+    train(run.model, optimizer, range(SWITCH))
+    assert not run.model.training
+
+
 @pytest.mark.slow
 def test_compiled_model_goes_on_after_the_switch() -> None:
     torch._dynamo.reset()

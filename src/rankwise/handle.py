@@ -28,6 +28,8 @@ class ModelHandle:
         self.__dict__["_current"] = None
         gc.collect()
         self.__dict__["_current"] = self._wrap(self._bare)
+        if isinstance(self._current, nn.Module):
+            self._current.training = self._bare.training
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._current(*args, **kwargs)

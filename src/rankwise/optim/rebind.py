@@ -78,7 +78,9 @@ def open_roles(optimizer: Optimizer, roles: Mapping[str, Mapping[str, Any]]) -> 
             twin = {k: v for k, v in group.items() if k not in ("params", "param_names")}
             # A learning rate kept as a tensor is stepped in place: twins must not share it.
             twin = {k: v.clone() if isinstance(v, Tensor) else v for k, v in twin.items()}
-            optimizer.add_param_group({**twin, **options, "params": [], ROLE: f"{index}:{role}"})
+            names = {"param_names": []} if "param_names" in group else {}
+            label = {ROLE: f"{index}:{role}"}
+            optimizer.add_param_group({**twin, **options, **names, **label, "params": []})
 
 
 def rebind(
