@@ -659,6 +659,75 @@ def test_a_switch_inside_autocast_is_made_in_full_precision() -> None:
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
 
 
+def test_a_switch_inside_inference_mode_makes_trainable_factors() -> None:
+    models = []
+    for inference in (True, False):
+        model = network()
+        optimizer = sgd(model)
+        rankwise.start(model, pufferfish(), optimizer)
+        for i in range(8):
+            x, y = batch(i)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            with torch.inference_mode(inference):
+                optimizer.step()
+        models.append(model)
+    assert_same(*models)
+
+
+@dataclass
+class Traced(Method):
+    """Notes whether its hook runs inside a compiler's trace."""
+
+    def __post_init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def after_step(self, model: nn.Module, step: int) -> Change:
+        self.seen.append(torch.compiler.is_compiling())
+        return NO_CHANGE
+
+
+@pytest.mark.slow
+def test_a_compiled_step_does_not_trace_the_hooks() -> None:
+    torch._dynamo.reset()
+    models = []
+    for compiled in (True, False):
+        model, method = network(), Traced()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2))
+        run = rankwise.start(model, [pufferfish(lr_factor=0.5), method], optimizer)
+        step: Any = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for i in range(8):
+            x, y = batch(i)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            step()
+        assert run.step == 8
+        assert method.seen == [False] * 8
+        models.append(model)
+    # The compiled optimizer rounds differently, which the SVD amplifies.
+    assert_same(*models, rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_hooks_on_replaced_parameters_are_missed_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    weight: Any = model[2].weight
+    weight.register_hook(lambda gradient: None)
+    optimizer = sgd(model)
+    rankwise.start(model, pufferfish(), optimizer)
+    train(model, optimizer, range(SWITCH))
+    assert "1 replaced parameters had hooks of yours" in caplog.text
+
+
+def test_a_wrap_that_returns_nothing_is_refused() -> None:
+    def nothing(m: nn.Module) -> Any:
+        return None
+
+    model = network()
+    with pytest.raises(LifeCycleError, match="wrap returned None"):
+        rankwise.start(model, rankwise.Dense(), sgd(model), wrap=nothing)
+
+
 def test_replaced_weights_that_the_optimizer_does_not_hold_are_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -186,8 +186,15 @@ def warn_of_missed_switches(methods: Sequence[Method], last_step: int) -> None:
             )
 
 
-def warn_of_untrained(change: Change, outside: int) -> None:
-    """Say so if factors are trainable but their optimizer was never told of their predecessors."""
+def warn_of_losses(change: Change, outside: int) -> None:
+    """Say so if factors do not train, or if hooks on the parameters they replace are gone."""
+    hooked = sum(bool(p._backward_hooks or p._post_accumulate_grad_hooks) for p in change.replaced)
+    if hooked:
+        logger.warning(
+            "%d replaced parameters had hooks of yours on their gradients, which their factors do "
+            "not have; register them again, from on_event or in wrap",
+            hooked,
+        )
     trainable = any(p.requires_grad for s in change.replaced.values() for p in s.parameters)
     if outside and trainable:
         logger.warning(

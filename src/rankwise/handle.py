@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from rankwise.errors import LifeCycleError
+
 Wrap = Callable[[nn.Module], Any]
 
 
@@ -22,12 +24,21 @@ class ModelHandle:
         self.__dict__.update(_bare=model, _wrap=wrap, _current=None)
 
     def wrap_again(self) -> None:
-        """Make a new wrapper around the model as it is now."""
+        """Make a new wrapper around the model as it is now.
+
+        Raises:
+            LifeCycleError: `wrap` returned nothing that can be called.
+        """
         # DDP's old reducer keeps hooks on parameters that stay; it must be gone before the new
         # one exists, or both would reduce their gradients.
         self.__dict__["_current"] = None
         gc.collect()
         self.__dict__["_current"] = self._wrap(self._bare)
+        if not callable(self._current):
+            raise LifeCycleError(
+                f"wrap returned {self._current!r}, which cannot be called; it must return the "
+                "wrapped model, as in wrap=lambda model: torch.compile(model)"
+            )
         if isinstance(self._current, nn.Module):
             self._current.training = self._bare.training
 

@@ -17,15 +17,27 @@ Probe = Callable[[nn.Module], float]
 _NOTHING = nullcontext()
 
 
-def outside_autocast() -> AbstractContextManager[Any]:
-    """Full precision for the methods' hooks: some loops call step() inside torch.autocast."""
+def ordinary_mode() -> AbstractContextManager[Any]:
+    """Full precision and trainable tensors for the methods' hooks.
+
+    Some loops call step() inside torch.autocast or torch.inference_mode.
+    """
     active = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-    if not active:
+    inference = torch.is_inference_mode_enabled()
+    if not active and not inference:
         return _NOTHING
     stack = ExitStack()
+    if inference:
+        stack.enter_context(torch.inference_mode(False))
     for device in active:
         stack.enter_context(torch.autocast(device, enabled=False))
     return stack
+
+
+def untraced(hook: Callable[..., None]) -> Callable[..., None]:
+    """The hook as a compiled optimizer step calls it: uncompiled, for it changes modules."""
+    plain: Any = torch.compiler.disable(hook)
+    return plain
 
 
 def losses_around(

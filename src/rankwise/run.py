@@ -21,7 +21,7 @@ from rankwise import accounting, checkpoint, composition, distributed, surgery
 from rankwise.errors import LifeCycleError, PlanError
 from rankwise.followers import give_structure, inside
 from rankwise.handle import ModelHandle, Wrap
-from rankwise.isolation import Probe, losses_around, outside_autocast
+from rankwise.isolation import Probe, losses_around, ordinary_mode, untraced
 from rankwise.method import NO_CHANGE, Change, Context, Method
 from rankwise.optim.learning_rate import LearningRateScale
 from rankwise.optim.rebind import group_names, open_roles, rebind, regroup
@@ -173,7 +173,7 @@ class Run:
         if self.clip_norm is not None:
             held = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(held, self.clip_norm)
-        with outside_autocast():
+        with ordinary_mode():
             for method in self.methods:
                 method.before_step(self.bare, self.step + 1)
         self._announce_plan()
@@ -188,7 +188,7 @@ class Run:
         self._lr.restore()
         self.step += 1
         total = NO_CHANGE
-        with outside_autocast():
+        with ordinary_mode():
             for method in self.methods:
                 began = time.perf_counter()
                 change = method.after_step(self.bare, self.step)
@@ -220,7 +220,7 @@ class Run:
         if self._finished:
             return self.bare
         self._finished = True
-        with outside_autocast():
+        with ordinary_mode():
             for method in self.methods:
                 began = time.perf_counter()
                 change = method.finalize(self.bare)
@@ -298,7 +298,7 @@ class Run:
             open_roles(self.optimizer, method.roles())
         if given and prepared:
             moments = rebind(self.optimizer, prepared, self._names())
-            composition.warn_of_untrained(prepared, moments.outside)
+            composition.warn_of_losses(prepared, moments.outside)
         self._lr = LearningRateScale(self.optimizer)
         composition.leave_skipping_to_the_scaler(self.optimizer)
 
@@ -330,8 +330,8 @@ class Run:
         if hooks:
             composition.take_hold(self.optimizer)
             self._hooks = [
-                self.optimizer.register_step_pre_hook(self._on_step),
-                self.optimizer.register_step_post_hook(self._on_stepped),
+                self.optimizer.register_step_pre_hook(untraced(self._on_step)),
+                self.optimizer.register_step_post_hook(untraced(self._on_stepped)),
             ]
 
     def _on_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -343,7 +343,7 @@ class Run:
 
     def _apply(self, change: Change, method: Method, began: float, kind: str = "switch") -> None:
         moments = rebind(self.optimizer, change, self._names())
-        composition.warn_of_untrained(change, moments.outside)
+        composition.warn_of_losses(change, moments.outside)
         if change.structural:
             self._end_phase(change, method)
         # Only now: a probe that raises must not leave the optimizer behind.
