@@ -206,7 +206,7 @@ def show(row: dict[str, Any]) -> None:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--epochs", type=int, default=12, help="at least 3; the first is not timed")
+    parser.add_argument("--epochs", type=int, default=40, help="at least 3; the first is not timed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=128, help="images of all workers together")
     parser.add_argument("--workers", type=int, default=2)

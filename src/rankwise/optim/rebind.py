@@ -243,8 +243,7 @@ def carry_state(
         old: the predecessor.
 
     Returns:
-        successor -> its state; successors without counterpart are left out, except in
-        optimizers that create state when they are built (Adagrad), where theirs is zero.
+        successor -> its state; successors without counterpart are left out.
     """
     assert new.carry is not None
     gradient_mean = state.get("exp_avg", state.get("grad_avg"))
@@ -265,19 +264,13 @@ def carry_state(
             columns[key] = tuple(p.detach().clone() for p in new.parameters)
     result: dict[Parameter, dict[str, Any]] = {}
     for position, parameter in enumerate(new.parameters):
-        own: dict[str, Any] = {}
-        missing = any(column[position] is None for column in columns.values())
-        if missing and "sum" not in state:
+        moments = {k: m for k, column in columns.items() if (m := column[position]) is not None}
+        if len(moments) < len(columns):
             continue
-        for key, value in state.items():
-            moment = columns[key][position] if key in columns else None
-            if key in columns:
-                # Into the parameter's own memory format, which fused optimizers expect.
-                own[key] = torch.zeros_like(parameter, dtype=value.dtype)
-                if moment is not None:
-                    own[key].copy_(moment)
-            else:
-                own[key] = value.clone() if isinstance(value, Tensor) else value
+        own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+        for key, moment in moments.items():
+            # Into the parameter's own memory format, which fused optimizers expect.
+            own[key] = torch.empty_like(parameter, dtype=state[key].dtype).copy_(moment)
         result[parameter] = own
     return result
 
