@@ -250,3 +250,15 @@ def test_reading_images_is_shown_and_leaves_the_terminal_as_it_was():
     assert live._bar is not None
     live.loading(3, 3)
     assert live._bar is None
+
+
+def test_a_terminal_that_knows_only_ascii_still_gets_its_table():
+    done = subprocess.run(
+        [sys.executable, "-m", "rankwise", "plan", "--model", "mlp-128x4", "--ranks", "16"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "16 of 128" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -317,3 +318,19 @@ def test_what_is_shown_comes_in_the_order_in_which_it_happened(warmup_epochs):
     train(recipe(method_options=options, epochs=3), report=Watch())
     # The epoch that ends in the switch is validated after it, by the low-rank weights.
     assert shown == (["switch", 1, 2, 3] if warmup_epochs == 1 else [1, "switch", 2, 3])
+
+
+def test_a_run_whose_weights_overflow_stops_before_they_are_saved():
+    with pytest.raises(NonFiniteLossError, match=r"no checkpoint was saved yet\. Lower lr=1e\+38"):
+        train(recipe(out="out", lr=1e38, method="dense", method_options={}))
+    assert not list(Path("out").glob("step-*"))
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(monkeypatch):
+    whole = data.load("planted")
+    broken = data.Split(whole.validation.images * float("nan"), whole.validation.labels)
+    splits = dataclasses.replace(whole, validation=broken)
+    monkeypatch.setattr(data, "load", lambda name, **_: splits)
+    with pytest.raises(NonFiniteLossError, match=r"validation loss became nan after epoch 1;"):
+        train(recipe(out="out", method="dense", method_options={}))
+    assert not list(Path("out").glob("step-*"))

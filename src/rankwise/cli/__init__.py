@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before torch loads its threads: by default they spin while they wait for each other, which on
     # cores that are shared with other programs makes a training step several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no × still gets its table
     try:
         asked = parse(sys.argv[1:] if arguments is None else arguments)
         commands = importlib.import_module("rankwise.cli.commands")

@@ -183,7 +183,11 @@ class Loop:
         latest = torch.stack(self._unseen).double().mean().item()
         latest = distributed.mean(latest)
         if not math.isfinite(latest):
-            raise NonFiniteLossError(self._not_finite(latest, epoch))
+            since = f"at step {self.position}"
+            if len(self._unseen) > 1:
+                first = self.position - len(self._unseen) + 1
+                since = f"between steps {first} and {self.position}"
+            raise self._broken(f"the training loss became {latest} {since} (epoch {epoch + 1})")
         self.epoch_loss += latest * len(self._unseen)
         self._unseen.clear()
         self._show_switch()
@@ -200,16 +204,13 @@ class Loop:
             )
         )
 
-    def _not_finite(self, loss: float, epoch: int) -> str:
+    def _broken(self, what: str) -> NonFiniteLossError:
         kept = sorted(self.journal.out.glob("step-*"))
         good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
-        since = f"at step {self.position}"
-        if len(self._unseen) > 1:
-            since = f"between steps {self.position - len(self._unseen) + 1} and {self.position}"
-        return (
-            f"the training loss became {loss} {since} (epoch {epoch + 1}); training stopped and "
-            f"{good}. Lower lr={self.recipe.lr:g}, lengthen lr_warmup_epochs="
-            f"{self.recipe.lr_warmup_epochs:g}, or set clip_norm={self.recipe.clip_norm or 1.0:g}"
+        return NonFiniteLossError(
+            f"{what}; training stopped and {good}. Lower lr={self.recipe.lr:g}, lengthen "
+            f"lr_warmup_epochs={self.recipe.lr_warmup_epochs:g}, or set "
+            f"clip_norm={self.recipe.clip_norm or 1.0:g}"
         )
 
     def _stop_if_asked(self, stop: StopRequest) -> None:
@@ -221,6 +222,8 @@ class Loop:
 
     def _end_epoch(self, epoch: int) -> None:
         loss, accuracy = self.evaluate(self.splits.validation)
+        if not math.isfinite(loss):
+            raise self._broken(f"the validation loss became {loss} after epoch {epoch + 1}")
         record = self.journal.record(
             "epoch",
             epoch=epoch + 1,
@@ -295,6 +298,8 @@ class Loop:
             self._unshown_epoch = None
 
     def _save(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.run.bare.parameters()):
+            raise self._broken(f"weights are no longer finite after step {self.position}")
         extra = {
             "recipe": self.recipe.as_dict(),
             "checksum": self.splits.checksum,
