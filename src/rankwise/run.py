@@ -71,7 +71,8 @@ def start(
         hooks: False for loops that call `run.before_step` and `run.after_step` themselves.
         seed: of the methods' own random numbers.
         resume: a checkpoint of `rankwise.save`; the model and optimizer passed are then those of
-            a fresh start, and take on structure, values and state of the saved run.
+            a fresh start, and take on structure, values and state of the saved run. Schedulers
+            and random numbers: `run.resumed.restore_scheduler`, `run.resumed.restore_random`.
 
     Returns:
         The run; train with `run.model`, end with `run.finish()`.
