@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from rankwise import accounting, surgery
 from rankwise.errors import FactorizeError, OptionError, PlanError, SelectionError
-from rankwise.followers import give_structure
+from rankwise.followers import give_structure, inside
 from rankwise.layers import LowRankConv2d, LowRankLinear
 from rankwise.method import Change
 from rankwise.ranks import Ratio, factorize, plan
@@ -466,7 +466,7 @@ def test_a_follower_of_another_model_is_refused() -> None:
     model = chain(8, 8, 8)
     factorize(model, {"1": 2})
     with pytest.raises(PlanError, match=r"has no layer '1'"):
-        give_structure(model, chain(8, 8))
+        inside(chain(8, 8), model)
     other = chain(8, 8, 8)
     factorize(other, {"1": 3})
     with pytest.raises(PlanError, match="in the copy"):
