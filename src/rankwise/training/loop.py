@@ -62,12 +62,10 @@ def train(
     steps_per_epoch = data.steps_per_epoch(splits.train, recipe.batch_size)
     saved = None if resume is None else setup.load(resume, recipe, splits)
     out = Path(distributed.share(str(saved.path.parent if saved else records.place(recipe))))
-
     model = setup.build_model(recipe, splits, device)
     sample = splits.train.images[:1]
     dense = setup.size(model, sample)
     optimizer = setup.make_optimizer(recipe, model)
-
     with Journal(out, report) as journal:
         loop = Loop(recipe, splits, device, journal, began)
         loop.run = rankwise.start(
