@@ -348,3 +348,21 @@ def test_roles_of_an_earlier_run_on_the_optimizer_are_used_again() -> None:
     for decay in (0.0, 0.01):
         open_roles(optimizer, {"factors": {"weight_decay": decay}})
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.01]
+
+
+def test_rmsprops_buffer_of_finished_updates_restarts_and_its_second_moment_is_carried() -> None:
+    """Its momentum is of G / sqrt(v), not of G: U^T M would not be in units of a step."""
+    _, dense, low, change = linear_and_factors()
+    optimizer = torch.optim.RMSprop([dense.weight, dense.bias], lr=1e-3, momentum=0.9)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        dense.weight.grad = torch.randn(9, 12, generator=generator)
+        dense.bias.grad = torch.ones(9)
+        optimizer.step()
+    second = optimizer.state[dense.weight]["square_avg"].clone()
+    rebind(optimizer, change)
+    _, v = low.factors()
+    state = optimizer.state[low.u.weight]
+    assert not state["momentum_buffer"].any()
+    torch.testing.assert_close(state["square_avg"], second @ v.square().mT, rtol=1e-5, atol=1e-7)
+    assert optimizer.state[dense.bias]["momentum_buffer"].any()
