@@ -20,7 +20,16 @@ LAYERS = (
     ("layers",),
     ("surgery", "selection", "ranks", "optim", "followers"),
     ("methods",),
-    ("run", "handle", "composition", "isolation", "checkpoint", "distributed", "training"),
+    (
+        "run",
+        "handle",
+        "events",
+        "composition",
+        "isolation",
+        "checkpoint",
+        "distributed",
+        "training",
+    ),
     ("cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 import rankwise
 from rankwise.errors import LifeCycleError
 from rankwise.method import Change, Successors
-from rankwise.optim.rebind import STATE_KINDS, forget_moments_, open_roles, rebind
+from rankwise.optim.groups import open_roles
+from rankwise.optim.rebind import STATE_KINDS, forget_moments_, rebind
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),

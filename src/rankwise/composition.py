@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Optimizer
 
 from rankwise.errors import CompositionError, LifeCycleError, OptionError
 from rankwise.method import Change, Method
-from rankwise.optim.rebind import held_by
+from rankwise.optim.groups import held_by
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,9 @@ def made_by(factory: Callable[[nn.Module], Optimizer], model: nn.Module) -> Opti
             f"{what} is neither an optimizer nor a factory called with the model; pass an "
             "instance, or lambda model: torch.optim.SGD(model.parameters(), lr=0.1)"
         )
-    return factory(model)
+    optimizer = factory(model)
+    check_optimizer(optimizer, model)
+    return optimizer
 
 
 def check_clip_norm(clip_norm: float | None) -> None:
@@ -173,8 +175,10 @@ def leave_skipping_to_the_scaler(optimizer: Optimizer) -> None:
         setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010
 
 
-def warn_of_missed_switches(methods: Sequence[Method], last_step: int) -> None:
+def warn_of_missed_switches(methods: Sequence[Method], last_step: int | None) -> None:
     """Say so if a run ends, or is planned to end, before a method has done its work."""
+    if last_step is None:
+        return
     for method in methods:
         switch = getattr(method, "switch_step", None)
         if isinstance(switch, int) and last_step < switch:

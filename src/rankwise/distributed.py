@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -187,6 +187,15 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
         flat = travelling.to(flat.device).view(flat.dtype)
         for tensor, values in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(values.view(tensor.shape))
+
+
+def broadcast_parameters(
+    parameters: Iterable[Tensor], state: Mapping[Any, Mapping[str, Any]]
+) -> None:
+    """Overwrite parameters, and what an optimizer keeps of them, by worker 0's."""
+    held = list(parameters)
+    states = [value for p in held for value in state.get(p, {}).values()]
+    broadcast_([p.data for p in held] + [t for t in states if isinstance(t, Tensor)])
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ hook defaults to doing nothing; `rankwise.run.Run` is the only caller. Read this
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,22 @@ from rankwise.errors import LifeCycleError, OptionError
 
 if TYPE_CHECKING:
     from rankwise.accounting import Trace
+
+
+class GroupOptions(Protocol):
+    """What the optimizer's groups say of a parameter."""
+
+    def group(self, parameter: Parameter) -> Mapping[str, Any] | None:
+        """The parameter's own group; None if the optimizer does not hold it."""
+        ...
+
+    def origin(self, parameter: Parameter) -> Mapping[str, Any] | None:
+        """The group that a parameter's role group is a twin of; its own group without a role."""
+        ...
+
+    def decoupled_decay(self, parameter: Parameter) -> bool:
+        """Whether weight decay acts on the weight itself, as in AdamW."""
+        ...
 
 
 class Carry(Protocol):
@@ -74,6 +91,17 @@ class Change:
         """Whether wrappers and compiled graphs of the model are out of date."""
         return bool(self.replaced or self.added or self.frozen or self.modules)
 
+    def with_role(self, role: str) -> Change:
+        """The same change, its successors in a role unless they have one already."""
+
+        def placed(entries: Mapping[Parameter, Successors]) -> dict[Parameter, Successors]:
+            return {
+                p: s if s.role is not None else dataclasses.replace(s, role=role)
+                for p, s in entries.items()
+            }
+
+        return dataclasses.replace(self, replaced=placed(self.replaced), added=placed(self.added))
+
     def growth(self) -> int:
         """How many more parameters the model stores after the change; negative when it shrank."""
         gone = {p: p.numel() for p in self.replaced}
@@ -111,12 +139,23 @@ def merge(changes: Iterable[Change]) -> Change:
 
 @dataclass
 class Context:
-    """What a run knows and its methods may ask: lengths, the seed, and how the model executes."""
+    """What a run knows and its methods may ask.
+
+    Attributes:
+        steps_per_epoch: optimizer steps in an epoch; None if unknown.
+        total_steps: optimizer steps of the run; None if unknown.
+        seed: of the methods' own random numbers.
+        trace: how the model executes; None until a forward was seen.
+        options: what holds for a parameter in the optimizer; None until there is one.
+        lr_factor: product of all methods' `lr_scale` at the step under way.
+    """
 
     steps_per_epoch: int | None = None
     total_steps: int | None = None
     seed: int = 0
     trace: Trace | None = None
+    options: GroupOptions | None = None
+    lr_factor: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("steps_per_epoch", "total_steps"):
@@ -136,6 +175,16 @@ class Context:
                 f"pass rankwise.start(..., steps_per_epoch=len(loader)), or give steps instead"
             )
         return round(epochs * self.steps_per_epoch)
+
+    def learning_rate(self, parameter: Parameter) -> float:
+        """The rate at which the step under way moves a parameter; 0 if it is not held."""
+        group = None if self.options is None else self.options.group(parameter)
+        return 0.0 if group is None else float(group["lr"]) * self.lr_factor
+
+    def weight_decay(self, parameter: Parameter) -> float:
+        """The decay asked for this parameter by the user: that of the group it stems from."""
+        group = None if self.options is None else self.options.origin(parameter)
+        return 0.0 if group is None else float(group.get("weight_decay", 0.0))
 
     def generator(self, step: int, name: str) -> torch.Generator:
         """Randomness of a hook: a function of (seed, step, name) alone.
@@ -198,6 +247,24 @@ class Method:
     def prepare(self, model: nn.Module) -> Change:
         """Reshape the model before training, before any wrapper."""
         return NO_CHANGE
+
+    def amend(self, model: nn.Module, change: Change) -> Change:
+        """Complete a change, its own or another method's, before the optimizer follows it.
+
+        For what a method wants of parameters that others bring: a role for factors, say.
+        """
+        return change
+
+    def resume(self, model: nn.Module) -> Change:
+        """Do again what `prepare` did outside the model: its structure and values are restored.
+
+        Called on a resumed run instead of `prepare`; `load_state_dict` follows.
+        """
+        return NO_CHANGE
+
+    def parameter_names(self, model: nn.Module) -> Mapping[Parameter, str]:
+        """Names of parameters that the optimizer steps in place of the model's: for checkpoints."""
+        return {}
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Read or edit the gradients of step `step` (1-based): accumulated, reduced, clipped."""

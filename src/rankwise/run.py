@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,14 @@ from torch.optim import Optimizer
 
 from rankwise import accounting, checkpoint, composition, distributed, surgery
 from rankwise.errors import LifeCycleError, PlanError
+from rankwise.events import EventLog
 from rankwise.followers import give_structure, inside
 from rankwise.handle import ModelHandle, Wrap
 from rankwise.isolation import Probe, losses_around, ordinary_mode, untraced
 from rankwise.method import NO_CHANGE, Change, Context, Method
+from rankwise.optim.groups import Options, group_names, open_roles, regroup, settle
 from rankwise.optim.learning_rate import LearningRateScale
-from rankwise.optim.rebind import group_names, open_roles, rebind, regroup
+from rankwise.optim.rebind import rebind
 from rankwise.ranks import Plan
 
 if TYPE_CHECKING:
@@ -118,7 +120,6 @@ class Run:
         methods: in the order in which their hooks are called.
         context: lengths, seed and execution trace, shared with the methods.
         step: finished optimizer steps.
-        events: everything that happened, as dicts of numbers and strings.
         resumed: the checkpoint this run came from, or None.
     """
 
@@ -135,18 +136,22 @@ class Run:
         on_event: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self.bare, self.methods, self.context = model, methods, context
-        self.clip_norm, self.probe, self.on_event = clip_norm, probe, on_event
+        self.clip_norm, self.probe = clip_norm, probe
         self.step = 0
-        self.events: list[dict[str, Any]] = []
+        self._log = EventLog(on_event)
         self.resumed: Checkpoint | None = None
         self._handle = None if wrap is None else ModelHandle(model, wrap)
         self._followers: list[nn.Module] = []
         self._hooks: list[Any] = []
         self._unproven: list[tuple[str, nn.Parameter]] = []
-        self._announced: Plan | None = None
         self._watcher: accounting.Watcher | None = None
         self._finished = False
         self._saved_rates: list[float] = []
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Everything that happened so far, as dicts of numbers and strings."""
+        return self._log.events
 
     @property
     def model(self) -> Any:
@@ -174,11 +179,13 @@ class Run:
         if self.clip_norm is not None:
             held = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(held, self.clip_norm)
+        factor = math.prod(method.lr_scale(self.step + 1) for method in self.methods)
+        self.context.lr_factor = factor
         with ordinary_mode():
             for method in self.methods:
                 method.before_step(self.bare, self.step + 1)
-        self._announce_plan()
-        self._lr.scale(math.prod(method.lr_scale(self.step + 1) for method in self.methods))
+        self._log.announce(self.plan, self.step)
+        self._lr.scale(factor)
 
     def after_step(self) -> Change:
         """Call right after the optimizer's step; the step hook does it.
@@ -229,9 +236,8 @@ class Run:
                     self._apply(change, method, began, kind="finalize")
         composition.warn_of_missed_switches(self.methods, self.step)
         self._lr.restore()
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks.clear()
+        while self._hooks:
+            self._hooks.pop().remove()
         composition.let_go(self.optimizer)
         if self._watcher is not None:
             self._watcher.remove()
@@ -245,8 +251,8 @@ class Run:
         return {
             "step": self.step,
             "plan": surgery.read_plan(self.bare),
-            "methods": {key: method.state_dict() for key, method in self._keyed_methods()},
-            "parameter_names": group_names(self.optimizer, self.bare),
+            "methods": {key: method.state_dict() for key, method in self._keyed().items()},
+            "parameter_names": group_names(self.optimizer, self._names()),
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -265,7 +271,7 @@ class Run:
             raise LifeCycleError(
                 f"a run is resumed before its first step, this one is at {self.step}"
             )
-        own, saved = [k for k, _ in self._keyed_methods()], list(state_dict["methods"])
+        own, saved = list(self._keyed()), list(state_dict["methods"])
         if own != saved:
             raise LifeCycleError(f"the saved run used the methods {saved}, this one has {own}")
         change = surgery.impose_plan(self.bare, state_dict["plan"])
@@ -274,44 +280,55 @@ class Run:
             self.bare.load_state_dict(dict(weights))
         except RuntimeError as error:
             raise PlanError(f"the saved weights do not fit this model: {error}") from error
-        regroup(self.optimizer, self.bare, state_dict["parameter_names"])
+        for method in self.methods:
+            rebind(self.optimizer, method.resume(self.bare), self._names())
+        regroup(self.optimizer, self._names(), state_dict["parameter_names"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self._saved_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.step = int(state_dict["step"])
-        for key, method in self._keyed_methods():
+        for key, method in self._keyed().items():
             method.load_state_dict(state_dict["methods"][key])
             method.on_change(self.bare, change)
 
-    def _keyed_methods(self) -> Iterable[tuple[str, Method]]:
-        return ((f"{i}:{type(m).__name__}", m) for i, m in enumerate(self.methods))
+    def _keyed(self) -> dict[str, Method]:
+        return {f"{i}:{type(m).__name__}": m for i, m in enumerate(self.methods)}
 
     def _names(self) -> dict[nn.Parameter, str]:
-        return {p: name for name, p in self.bare.named_parameters()}
+        names = {p: name for name, p in self.bare.named_parameters()}
+        for method in self.methods:
+            names.update(method.parameter_names(self.bare))
+        return names
 
     def _adopt(
         self, optimizer: Optimizer | Callable[[nn.Module], Optimizer], prepared: Change
     ) -> None:
         given = isinstance(optimizer, Optimizer)
         self.optimizer = optimizer if given else composition.made_by(optimizer, self.bare)
-        if not given:
-            composition.check_optimizer(self.optimizer, self.bare)
         for method in self.methods:
             open_roles(self.optimizer, method.roles())
-        if given and prepared:
+        if prepared:
             moments = rebind(self.optimizer, prepared, self._names())
-            composition.warn_of_losses(prepared, moments.outside)
+            settle(self.optimizer, prepared)
+            if given:
+                composition.warn_of_losses(prepared, moments.outside)
+        self.context.options = Options(self.optimizer)
         self._lr = LearningRateScale(self.optimizer)
         composition.leave_skipping_to_the_scaler(self.optimizer)
 
     def _prepare(self) -> Change:
         total = NO_CHANGE
         for position, method in enumerate(self.methods):
-            change = method.prepare(self.bare)
+            change = self._amended(method.prepare(self.bare))
             if change:  # methods that are not prepared yet have seen nothing else
                 for earlier in self.methods[:position]:
                     earlier.on_change(self.bare, change)
             total = total | change
         return total
+
+    def _amended(self, change: Change) -> Change:
+        for method in self.methods if change else ():
+            change = method.amend(self.bare, change)
+        return change
 
     def _look_at(self, watcher: accounting.Watcher) -> None:
         if watcher.trace:
@@ -325,9 +342,8 @@ class Run:
             self._watcher = accounting.watch(self.bare)
         if self._handle is not None:
             self._handle.wrap_again()
-        self._announce_plan()
-        if self.context.total_steps is not None:
-            composition.warn_of_missed_switches(self.methods, self.context.total_steps)
+        self._log.announce(self.plan, self.step)
+        composition.warn_of_missed_switches(self.methods, self.context.total_steps)
         if hooks:
             composition.take_hold(self.optimizer)
             self._hooks = [
@@ -343,6 +359,7 @@ class Run:
         self.after_step()
 
     def _apply(self, change: Change, method: Method, began: float, kind: str = "switch") -> None:
+        change = self._amended(change)
         moments = rebind(self.optimizer, change, self._names())
         composition.warn_of_losses(change, moments.outside)
         if change.structural:
@@ -350,7 +367,7 @@ class Run:
         # Only now: a probe that raises must not leave the optimizer behind.
         before, after = losses_around(change, self.bare, self.probe)
         stored = accounting.parameters(self.bare).stored
-        self._record(
+        self._log.record(
             {
                 "event": kind,
                 "step": self.step,
@@ -370,8 +387,7 @@ class Run:
         distributed.agree(repr(surgery.read_plan(self.bare)), "the structure after the switch")
         new = [p for s in (*change.replaced.values(), *change.added.values()) for p in s.parameters]
         # Decompositions may differ in the last bits between machines: worker 0's count.
-        states = [t for p in new for t in self.optimizer.state.get(p, {}).values()]
-        distributed.broadcast_([p.data for p in new] + [t for t in states if isinstance(t, Tensor)])
+        distributed.broadcast_parameters(new, self.optimizer.state)
         for copy in self._followers:
             give_structure(self.bare, copy, change.modules)
         for other in self.methods:
@@ -382,18 +398,3 @@ class Run:
         elif distributed.workers() > 1:
             names = self._names()
             self._unproven = [(names[p], p) for p in new if p in names]
-
-    def _announce_plan(self) -> None:
-        plan = self.plan
-        if plan is None or plan is self._announced:
-            return
-        self._announced = plan
-        layers = [dict(vars(layer)) for layer in plan.layers]
-        self._record(
-            {"event": "plan", "step": self.step, "summary": plan.summary(), "layers": layers}
-        )
-
-    def _record(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
-        if self.on_event is not None:
-            self.on_event(event)

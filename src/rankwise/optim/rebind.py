@@ -8,17 +8,17 @@ carried over by the table below; same shape does not mean moment.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Adagrad, Optimizer
 
-from rankwise.errors import LifeCycleError
 from rankwise.method import Change, Successors
+from rankwise.optim.groups import ROLE, twin_of
 
 # What torch's optimizers (and Lion, Muon, schedule-free ones) keep, by the name of the state:
 # "first": linear in the gradients; "second": of squared gradients; "counter": numbers of steps
@@ -39,8 +39,6 @@ STATE_KINDS: dict[str, str] = {
     "z": "weight",
 }
 
-ROLE = "rankwise_role"
-
 
 @dataclass(frozen=True)
 class Rebound:
@@ -59,28 +57,6 @@ class Rebound:
     unknown: tuple[str, ...] = ()
     outside: int = 0
     reset: int = 0
-
-
-def open_roles(optimizer: Optimizer, roles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add an empty twin of every parameter group for each role a method declared.
-
-    Made at the start, so that a scheduler built afterwards drives them and the number of groups
-    never changes. A twin has its group's options but for those the role overrides; one that an
-    earlier run on this optimizer left is used again.
-    """
-    present = {group[ROLE]: group for group in optimizer.param_groups if ROLE in group}
-    originals = [(i, g) for i, g in enumerate(optimizer.param_groups) if ROLE not in g]
-    for role, options in roles.items():
-        for index, group in originals:
-            if f"{index}:{role}" in present:
-                present[f"{index}:{role}"].update(options)
-                continue
-            twin = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-            # A learning rate kept as a tensor is stepped in place: twins must not share it.
-            twin = {k: v.clone() if isinstance(v, Tensor) else v for k, v in twin.items()}
-            names = {"param_names": []} if "param_names" in group else {}
-            label = {ROLE: f"{index}:{role}"}
-            optimizer.add_param_group({**twin, **options, **names, **label, "params": []})
 
 
 def rebind(
@@ -153,7 +129,8 @@ class _Places:
         group = self.group_of.get(anchor)
         if group is None:
             return False
-        target = self._twin(group, new.role)
+        inherits = new.role is None or ROLE in group
+        target = group if inherits else twin_of(self.groups, group, str(new.role))
         # A frozen parameter that the optimizer holds may be thawed later; so may its successors.
         frozen = not keep and not anchor.requires_grad
         fresh = [
@@ -180,18 +157,6 @@ class _Places:
         for group in self.groups:
             if "param_names" in group:
                 group["param_names"] = [self.names.get(p, "") for p in group["params"]]
-
-    def _twin(self, group: dict[str, Any], role: str | None) -> dict[str, Any]:
-        if role is None or ROLE in group:
-            return group
-        label = f"{next(i for i, g in enumerate(self.groups) if g is group)}:{role}"
-        for candidate in self.groups:
-            if candidate.get(ROLE) == label:
-                return candidate
-        raise LifeCycleError(
-            f"the optimizer has no parameter group for the role {role!r}; rankwise.start makes it "
-            "from Method.roles() before training"
-        )
 
 
 def _named(group: Mapping[str, Any]) -> Iterable[tuple[Parameter, str]]:
@@ -303,42 +268,3 @@ def forget_moments_(state: Mapping[str, Any], keep: float) -> int:
     for moment in moments:
         moment.mul_(mask.view_as(moment))
     return (size.numel() - kept) * len(moments)
-
-
-def held_by(optimizer: Optimizer, parameters: Iterable[Parameter]) -> int:
-    """How many of the parameters the optimizer steps."""
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    return sum(p in held for p in parameters)
-
-
-def group_names(optimizer: Optimizer, model: nn.Module) -> list[list[str | None]]:
-    """Names of the parameters in every group; None for one that is not the model's."""
-    names = {p: name for name, p in model.named_parameters()}
-    return [[names.get(p) for p in group["params"]] for group in optimizer.param_groups]
-
-
-def regroup(optimizer: Optimizer, model: nn.Module, saved: Sequence[Sequence[str | None]]) -> None:
-    """Give every group the parameters that `group_names` listed, so that saved state fits by name.
-
-    Raises:
-        LifeCycleError: another number of groups, or of parameters from outside the model.
-    """
-    groups = optimizer.param_groups
-    if len(groups) != len(saved):
-        raise LifeCycleError(
-            f"the saved optimizer had {len(saved)} parameter groups, this one has {len(groups)}; "
-            "build it as in the saved run"
-        )
-    known = dict(model.named_parameters())
-    own = set(known.values())
-    for index, (group, wanted) in enumerate(zip(groups, saved, strict=True)):
-        strangers = [p for p in group["params"] if p not in own]
-        if len(strangers) != wanted.count(None):
-            raise LifeCycleError(
-                f"group {index} of the saved optimizer held {wanted.count(None)} parameters from "
-                f"outside the model, this one holds {len(strangers)}; build it as in the saved run"
-            )
-        outside = iter(strangers)
-        group["params"] = [next(outside) if name is None else known[name] for name in wanted]
-        if "param_names" in group:
-            group["param_names"] = [name or "" for name in wanted]
