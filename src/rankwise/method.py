@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -35,6 +35,10 @@ class GroupOptions(Protocol):
 
     def decoupled_decay(self, parameter: Parameter) -> bool:
         """Whether weight decay acts on the weight itself, as in AdamW."""
+        ...
+
+    def state(self, parameter: Parameter) -> dict[str, Any]:
+        """The optimizer's live state of a parameter: moments, to be edited in place."""
         ...
 
 
@@ -148,6 +152,7 @@ class Context:
         trace: how the model executes; None until a forward was seen.
         options: what holds for a parameter in the optimizer; None until there is one.
         lr_factor: product of all methods' `lr_scale` at the step under way.
+        report: puts an event (a dict of numbers and strings with an "event") on the run's record.
     """
 
     steps_per_epoch: int | None = None
@@ -156,6 +161,7 @@ class Context:
     trace: Trace | None = None
     options: GroupOptions | None = None
     lr_factor: float = 1.0
+    report: Callable[[dict[str, Any]], None] = lambda event: None
 
     def __post_init__(self) -> None:
         for name in ("steps_per_epoch", "total_steps"):

@@ -139,6 +139,7 @@ class Run:
         self.clip_norm, self.probe = clip_norm, probe
         self.step = 0
         self._log = EventLog(on_event)
+        context.report = self._log.record
         self.resumed: Checkpoint | None = None
         self._handle = None if wrap is None else ModelHandle(model, wrap)
         self._followers: list[nn.Module] = []
@@ -348,15 +349,12 @@ class Run:
             composition.take_hold(self.optimizer)
             self._hooks = [
                 self.optimizer.register_step_pre_hook(untraced(self._on_step)),
-                self.optimizer.register_step_post_hook(untraced(self._on_stepped)),
+                self.optimizer.register_step_post_hook(untraced(lambda *_: self.after_step())),
             ]
 
     def _on_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         composition.check_step(*args[1:], **kwargs)
         self.before_step()
-
-    def _on_stepped(self, *_: Any) -> None:
-        self.after_step()
 
     def _apply(self, change: Change, method: Method, began: float, kind: str = "switch") -> None:
         change = self._amended(change)

@@ -120,7 +120,7 @@ class Options:
     """What the optimizer's groups say of a parameter, looked up in a table that follows changes."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._groups = optimizer.param_groups
+        self._optimizer, self._groups = optimizer, optimizer.param_groups
         self._decoupled = _always_decoupled(optimizer)
         self._home: dict[Parameter, dict[str, Any]] = {}
         self._count = -1
@@ -139,6 +139,10 @@ class Options:
         if group is None or ROLE not in group:
             return group
         return self._groups[int(group[ROLE].partition(":")[0])]
+
+    def state(self, parameter: Parameter) -> dict[str, Any]:
+        """The optimizer's live state of a parameter: moments, to be edited in place."""
+        return self._optimizer.state.get(parameter, {})
 
     def decoupled_decay(self, parameter: Parameter) -> bool:
         """Whether weight decay acts on the weight itself, as in AdamW (1711.05101)."""
