@@ -34,7 +34,7 @@ def ordinary_mode() -> AbstractContextManager[Any]:
     return stack
 
 
-def untraced(hook: Callable[..., None]) -> Callable[..., None]:
+def untraced(hook: Callable[..., Any]) -> Callable[..., None]:
     """The hook as a compiled optimizer step calls it: uncompiled, for it changes modules."""
     plain: Any = torch.compiler.disable(hook)
     return plain
