@@ -140,8 +140,72 @@ def test_a_trace_leaves_the_model_and_the_random_state_as_they_were(fails: bool)
 
 def test_a_trace_sees_the_layers_that_the_fused_encoder_kernel_would_skip() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
-    names = ("norm1", "linear1", "linear2", "norm2")
+    inside = tuple(f"self_attn.{part}" for part in ("q", "in_proj", "k", "v", "out_proj"))
+    names = (*inside, "norm1", "linear1", "linear2", "norm2")
     assert trace(layer, noise(2, 3, 8)).order == names
+
+
+def test_an_attention_counts_as_calls_of_its_projections() -> None:
+    model = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
+    q, k, v = noise(5, 3, 8), noise(7, 3, 6), noise(7, 3, 4)
+    found = trace(model, {"query": q, "value": v, "key": k})
+    assert dict(found.calls) == {
+        "q": (Call((5, 3, 8), (5, 3, 8)),),
+        "in_proj": (Call((5, 3, 8), (5, 3, 24)),),
+        "k": (Call((7, 3, 6), (7, 3, 8)),),
+        "v": (Call((7, 3, 4), (7, 3, 8)),),
+        "out_proj": (Call((5, 3, 8), (5, 3, 8)),),
+    }
+
+
+class Reader(nn.Module):
+    """Uses some weights without calling their modules, and looks at the dtype of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        self.only_read, self.both, self.called, self.data = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        x = x @ self.only_read.weight.t()
+        x = self.both(x).to(self.called.weight.dtype) @ self.both.weight
+        assert self.called.weight.shape == (4, 4)
+        x = self.called(x) + self.data.weight.data.sum()
+        return nn.functional.linear(x, self.embedding.weight)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_weights_that_are_read_and_not_called_are_found(device: str) -> None:
+    model = Reader().to(device)
+    found = trace(model, torch.zeros(2, 3, dtype=torch.int64))
+    assert found.order == ("embedding", "both", "called")
+    # Before the last use of each: one call, two, three, three.
+    assert found.reads == {"only_read": 1, "both": 2, "data": 3, "embedding": 3}
+    assert hooks(model) == 0
+
+
+class Towers(nn.Module):
+    """Two inputs, one of them reshaped, met by two layers each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.patch, self.again, self.head = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, ids: Tensor, *, pixels: Tensor) -> Tensor:
+        x = self.text(ids)
+        return self.head(x + self.patch(pixels.flatten(1)) + self.again(pixels.flatten(1)))
+
+
+def test_the_first_layer_to_meet_each_input_is_its_stem() -> None:
+    sample = {"ids": noise(3, 4), "pixels": noise(3, 2, 2, seed=1)}
+    assert trace(Towers(), sample).stems == ("text", "patch")
+    model = Towers()
+    watcher = watch(model)
+    model(sample["ids"], pixels=sample["pixels"])
+    assert watcher.trace is not None
+    assert watcher.trace.stems == ("text", "patch")
+    assert watcher._given == []
 
 
 def test_a_trace_of_a_compiled_model_compiles_nothing() -> None:

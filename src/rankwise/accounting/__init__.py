@@ -1,0 +1,25 @@
+"""What a model holds and does, counted: parameters, the order and shapes of its layers, FLOPs.
+
+Everything returned is a plain number or tuple. Nothing here knows of rank, and nothing here
+leaves a trace in the model: flags, buffers, hooks and random state are as they were.
+"""
+
+from __future__ import annotations
+
+from rankwise.accounting.counting import Parameters, flops, parameters, running_statistics
+from rankwise.accounting.running import Sample, Shape
+from rankwise.accounting.tracing import Call, Trace, Watcher, trace, watch
+
+__all__ = [
+    "Call",
+    "Parameters",
+    "Sample",
+    "Shape",
+    "Trace",
+    "Watcher",
+    "flops",
+    "parameters",
+    "running_statistics",
+    "trace",
+    "watch",
+]
