@@ -106,7 +106,7 @@ def test_first_moments_are_carried_by_the_chain_rule() -> None:
     u, v = noise(6, 3).requires_grad_(), noise(3, 5, seed=1).requires_grad_()
     gradient = noise(6, 5, seed=2)
     (u @ v).backward(gradient)
-    for_v, for_u = linalg.carry_first(gradient, u.detach(), v.detach())
+    for_u, for_v = linalg.carry_first(gradient, u.detach(), v.detach())
     assert_close(for_v, v.grad, rtol=1e-12, atol=1e-12)
     assert_close(for_u, u.grad, rtol=1e-12, atol=1e-12)
 
@@ -114,7 +114,7 @@ def test_first_moments_are_carried_by_the_chain_rule() -> None:
 def test_second_moments_are_the_expectation_for_uncorrelated_gradients() -> None:
     u, v, scale = noise(6, 3), noise(3, 5, seed=1), noise(6, 5, seed=2).abs()
     draws = noise(40_000, 6, 5, seed=3) * scale
-    for_v, for_u = linalg.carry_second(scale.square(), None, u, v)
+    for_u, for_v = linalg.carry_second(scale.square(), None, u, v)
     assert_close(for_v, (u.mT @ draws).square().mean(0), rtol=0.05, atol=0)
     assert_close(for_u, (draws @ v.mT).square().mean(0), rtol=0.05, atol=0)
 
@@ -122,8 +122,8 @@ def test_second_moments_are_the_expectation_for_uncorrelated_gradients() -> None
 def test_adams_step_is_at_most_the_learning_rate_after_the_carry() -> None:
     u, v = noise(6, 3), noise(3, 5, seed=1)
     steady = torch.ones(6, 5, dtype=torch.float64)  # the same gradient in every step: m^2 = v
-    for_v, for_u = linalg.carry_second(steady, steady, u, v)
-    for first, second in zip(linalg.carry_first(steady, u, v), (for_v, for_u), strict=True):
+    for_u, for_v = linalg.carry_second(steady, steady, u, v)
+    for first, second in zip(linalg.carry_first(steady, u, v), (for_u, for_v), strict=True):
         assert bool((first.abs() <= second.sqrt() * (1 + 1e-12)).all())
-    without, _ = linalg.carry_second(steady, None, u, v)
+    _, without = linalg.carry_second(steady, None, u, v)
     assert bool((for_v >= without).all())

@@ -84,6 +84,7 @@ def give_structure(model: nn.Module, copy: nn.Module, changed: Iterable[str] | N
 
 
 def _fit(layer: LowRankLayer, like: Any, source: Any) -> None:
-    _, v = like.factors()
-    matrix = source.weight.detach().flatten(1).to(v)
-    layer.set_factors(matrix @ torch.linalg.pinv(v), v)
+    # With a core, U' C V with the model's own C: what is fitted stands to the left of the rest.
+    _, *core, v = like.factors()
+    matrix = layer.as_matrix(source.weight.detach(), layer.blocks).to(v)
+    layer.set_factors(matrix @ torch.linalg.pinv(core[0] @ v if core else v), *core, v)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,87 +16,170 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.no_grad()
-def spectral_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def spectral_factors(
+    weight: Tensor, rank: int, *, core: bool = False, ones: bool = False
+) -> tuple[Tensor, ...]:
     """The best rank-R approximation W ~ U V, its singular values split evenly between the two.
 
     With all of them in one factor the two would get gradients of different size, and weight
     decay would shrink the product unevenly.
 
     Args:
-        weight: (M, N), any floating dtype; computed in float32 or better.
+        weight: (..., M, N), any floating dtype; computed in float32 or better.
         rank: 1 ... min(M, N).
+        core: three factors U C V, C diagonal, with a third power of the singular values each.
+        ones: set the singular values that are kept to 1 (2209.13569): U and V are semi-orthogonal.
 
     Returns:
-        U (M, R) and V (R, N) in the working dtype, with U^T U = V V^T.
+        U (..., M, R) and V (..., R, N) in the working dtype, with U^T U = V V^T; with a core
+        C (..., R, R) between them.
 
     Raises:
         FactorizeError: values that are not finite, or a decomposition that failed.
     """
     matrix = weight.to(working_dtype(weight.dtype))
-    if matrix.is_meta:
-        return matrix.new_empty(matrix.shape[0], rank), matrix.new_empty(rank, matrix.shape[1])
-    if not bool(torch.isfinite(matrix).all()):
+    if not matrix.is_meta and not bool(torch.isfinite(matrix).all()):
         bad = int((~torch.isfinite(matrix)).sum())
         raise FactorizeError(f"{bad} of {matrix.numel()} weights are not finite")
     try:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     except RuntimeError as error:  # LinAlgError is one
         raise FactorizeError(f"the SVD did not converge: {error}") from error
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * vh[:rank]
+    s = s[..., :rank]
+    share = torch.ones_like(s) if ones else s.pow(1 / 3) if core else s.sqrt()
+    u, v = u[..., :rank] * share[..., None, :], share[..., :, None] * vh[..., :rank, :]
+    return (u, torch.diag_embed(share), v) if core else (u, v)
 
 
-def carry_first(moment: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """First moments of the factors from that of W: dL/dU = G V^T and dL/dV = U^T G are linear in G.
+def carry_first(moment: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+    """First moments of the factors of a product from that of the product: linear in G = dL/dW.
+
+    A factor F in W = L F R has the gradient dL/dF = L^T G R^T: G V^T for U and U^T G for V.
 
     Args:
-        moment: (M, N) first moment of W.
-        u: (M, R) factor.
-        v: (R, N) factor.
+        moment: (..., M, N) first moment of W.
+        factors: U (..., M, R), V (..., R, N), or with others between them.
 
     Returns:
-        Moments of V (R, N) and of U (M, R).
+        Moments in the order and shapes of the factors.
     """
-    return u.mT @ moment, moment @ v.mT
+    return tuple(_between(left, moment, right) for left, right in _surroundings(factors))
 
 
-def carry_second(
-    moment: Tensor, first: Tensor | None, u: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor]:
+def carry_second(moment: Tensor, first: Tensor | None, *factors: Tensor) -> tuple[Tensor, ...]:
     """Second moments of the factors from that of W, entries of G taken as uncorrelated.
 
-    Then E[(G V^T)^2] = E[G^2] (V o V)^T. Correlated gradients make that too small, and Adam's
-    step m / sqrt(v) with it too large (4 lr at the first step was seen), so the square of the
-    carried first moment is the lower bound.
+    Then E[(L^T G R^T)^2] = (L o L)^T E[G^2] (R o R)^T. Correlated gradients make that too small,
+    and Adam's step m / sqrt(v) with it too large (4 lr at the first step was seen), so the square
+    of the carried first moment is the lower bound.
 
     Args:
-        moment: (M, N) second moment of W.
-        first: (M, N) first moment of W, if the optimizer keeps one.
-        u: (M, R) factor.
-        v: (R, N) factor.
+        moment: (..., M, N) second moment of W.
+        first: (..., M, N) first moment of W, if the optimizer keeps one.
+        factors: U (..., M, R), V (..., R, N), or with others between them.
 
     Returns:
-        Moments of V (R, N) and of U (M, R).
+        Moments in the order and shapes of the factors.
     """
-    second_v, second_u = u.square().mT @ moment, moment @ v.square().mT
+    squares = [
+        tuple(None if side is None else side.square() for side in sides)
+        for sides in _surroundings(factors)
+    ]
+    second = tuple(_between(left, moment, right) for left, right in squares)
     if first is None:
-        return second_v, second_u
-    first_v, first_u = carry_first(first, u, v)
-    return torch.maximum(second_v, first_v.square()), torch.maximum(second_u, first_u.square())
+        return second
+    firsts = carry_first(first, *factors)
+    return tuple(torch.maximum(s, f.square()) for s, f in zip(second, firsts, strict=True))
+
+
+def _surroundings(factors: tuple[Tensor, ...]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """For each factor the products of those to its left and to its right; None for nothing."""
+    return [(_product(factors[:i]), _product(factors[i + 1 :])) for i in range(len(factors))]
+
+
+def _product(factors: tuple[Tensor, ...]) -> Tensor | None:
+    return functools.reduce(torch.matmul, factors) if factors else None
+
+
+def _between(left: Tensor | None, moment: Tensor, right: Tensor | None) -> Tensor:
+    moment = moment if left is None else left.mT @ moment
+    return moment if right is None else moment @ right.mT
 
 
 def variance_factors(
-    shape: tuple[int, int], rank: int, variance: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+    shape: tuple[int, ...],
+    rank: int,
+    variance: float | Tensor,
+    generator: torch.Generator,
+    *,
+    core: bool = False,
+) -> tuple[Tensor, ...]:
     """Random factors whose product has entries of the given variance, whatever the rank.
 
     An entry of U V is a sum of R products, so Var_W = R Var_U Var_V; both factors get the
-    standard deviation (Var_W / R)^(1/4).
+    standard deviation (Var_W / R)^(1/4). With a core it is a sum of R^2 products of three, and
+    each gets (Var_W / R^2)^(1/6).
+
+    Args:
+        shape: (..., M, N).
+        rank: R.
+        variance: of an entry of the product, one for all or one for each matrix (...).
+        generator: source of the numbers.
+        core: three factors instead of two.
 
     Returns:
-        U (M, R) and V (R, N), float32 on the CPU.
+        U (..., M, R), V (..., R, N), with a core C (..., R, R) between them; float32, on the
+        generator's device.
     """
-    std = (variance / rank) ** 0.25
-    u = torch.randn(shape[0], rank, generator=generator, device="cpu") * std
-    v = torch.randn(rank, shape[1], generator=generator, device="cpu") * std
-    return u, v
+    target = torch.as_tensor(variance, device=generator.device)[..., None, None]
+    std = (target / rank**2) ** (1 / 6) if core else (target / rank) ** 0.25
+    shapes = _factor_shapes(shape, rank, core=core)
+    drawn = (torch.randn(s, generator=generator, device=generator.device) for s in shapes)
+    return tuple(factor * std for factor in drawn)
+
+
+def orthogonal_factors(
+    shape: tuple[int, ...],
+    rank: int,
+    mean_square: float | Tensor,
+    generator: torch.Generator,
+    *,
+    core: bool = False,
+) -> tuple[Tensor, ...]:
+    """Semi-orthogonal factors, scaled so that the product's entries have the given mean square.
+
+    For Q_U (M, R) with orthonormal columns and Q_V (R, N) with orthonormal rows, the product has
+    the Frobenius norm sqrt(R) at every draw, so s = sqrt(mean_square M N / R) gives
+    ||s Q_U Q_V||_F^2 = mean_square M N exactly; each factor carries sqrt(s). With a core, an
+    orthogonal (R, R) between them, each carries s^(1/3).
+
+    Args:
+        shape: (..., M, N).
+        rank: R.
+        mean_square: of the product's entries, one for all or one for each matrix (...).
+        generator: source of the numbers.
+        core: three factors instead of two.
+
+    Returns:
+        As `variance_factors`.
+    """
+    target = torch.as_tensor(mean_square, device=generator.device)[..., None, None]
+    scale = (target * (shape[-2] * shape[-1] / rank)).sqrt() ** (1 / 3 if core else 0.5)
+    factors = []
+    for rows, columns in (s[-2:] for s in _factor_shapes(shape, rank, core=core)):
+        tall = torch.randn(
+            (*shape[:-2], max(rows, columns), min(rows, columns)),
+            generator=generator,
+            device=generator.device,
+        )
+        q, r = torch.linalg.qr(tall)
+        # Without the signs of R's diagonal the draw would not be uniform over orthogonal matrices.
+        q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :]
+        factors.append((q if rows >= columns else q.mT) * scale)
+    return tuple(factors)
+
+
+def _factor_shapes(shape: tuple[int, ...], rank: int, *, core: bool) -> tuple[tuple[int, ...], ...]:
+    *batch, rows, columns = shape
+    outer = (*batch, rows, rank), (*batch, rank, columns)
+    return (outer[0], (*batch, rank, rank), outer[1]) if core else outer

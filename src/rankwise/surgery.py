@@ -161,7 +161,8 @@ def factorize_layers(
         if twin is not layer:
             if twin.rank != rank:
                 raise PlanError(f"{name} shares its weight but not its rank ({rank}, {twin.rank})")
-            layer.v, layer.norm, layer.u.weight = twin.v, twin.norm, twin.u.weight
+            layer.v, layer.norm, layer.core = twin.v, twin.norm, twin.core
+            layer.u.weight = twin.u.weight
         new[name] = layer
     return merge([_exchange(model, name, layer) for name, layer in new.items()])
 
@@ -269,7 +270,13 @@ def _read_spec(name: str, spec: Any) -> dict[str, Any]:
                 f"{name}: the spec's {field} is {spec.get(field, 'missing')!r}; a spec looks like "
                 "{'kind': 'linear', 'shape': [64, 32], 'rank': 8, 'norm': False}"
             )
-    return {**spec, "shape": list(spec["shape"])}
+    # Structures saved before there were cores and blocks name neither.
+    spec = {"core": False, "blocks": 1, **spec, "shape": list(spec["shape"])}
+    if not isinstance(spec["core"], bool) or type(spec["blocks"]) is not int:
+        raise PlanError(
+            f"{name}: core={spec['core']!r} is no bool or blocks={spec['blocks']!r} no int"
+        )
+    return spec
 
 
 def _check_spec(name: str, spec: Mapping[str, Any], candidates: Mapping[str, Candidate]) -> None:

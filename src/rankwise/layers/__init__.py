@@ -4,25 +4,49 @@ from __future__ import annotations
 
 from torch import nn
 
-from rankwise.layers.base import INITS, LowRankLayer
-from rankwise.layers.conv import LowRankConv2d
-from rankwise.layers.linear import LowRankLinear
+from rankwise.layers.base import LowRankLayer
+from rankwise.layers.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from rankwise.layers.form import Form
+from rankwise.layers.initial import INITS
+from rankwise.layers.linear import BlockLinear, LowRankLinear
 
-KINDS: dict[str, type[LowRankLayer]] = {c.kind: c for c in (LowRankLinear, LowRankConv2d)}
+_CLASSES = (LowRankLinear, LowRankConv2d)
+KINDS: dict[str, type[LowRankLayer]] = {c.kind: c for c in _CLASSES}
 
-__all__ = ["INITS", "KINDS", "LowRankConv2d", "LowRankLayer", "LowRankLinear", "low_rank_class"]
+# A subclass may have another forward (quantised, parametrised, adapted): only exact types, and
+# nn.MultiheadAttention's own projection class, whose forward is nn.Linear's.
+_STAND_INS: dict[type[nn.Module], type[LowRankLayer]] = {
+    **{c.dense_class: c for c in _CLASSES},
+    nn.modules.linear.NonDynamicallyQuantizableLinear: LowRankLinear,
+}
+
+__all__ = [
+    "INITS",
+    "KINDS",
+    "BlockLinear",
+    "Form",
+    "LowRankConv1d",
+    "LowRankConv2d",
+    "LowRankConv3d",
+    "LowRankLayer",
+    "LowRankLinear",
+    "low_rank_class",
+]
 
 
-def low_rank_class(module: nn.Module) -> type[LowRankLayer] | str:
-    """The class that can stand for a dense layer, or the reason why none can."""
-    # A subclass may have another forward (quantised, parametrised, adapted): only exact types, and
-    # nn.MultiheadAttention's own projection class, whose forward is nn.Linear's.
-    if type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return LowRankLinear
-    if type(module) is nn.Conv2d:
-        if module.groups != 1:
-            return f"grouped convolution ({module.groups} groups)"
-        return LowRankConv2d
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+def low_rank_class(module: nn.Module, form: Form | None = None) -> type[LowRankLayer] | str:
+    """The class that can stand for a dense layer in a form, or the reason why none can.
+
+    Args:
+        module: the dense layer.
+        form: how layers are factorised; without it two factors in channel form.
+    """
+    form = form or Form()
+    stand_in = _STAND_INS.get(type(module))
+    if type(module) is nn.Conv2d and module.groups != 1:
+        return f"grouped convolution ({module.groups} groups)"
+    if stand_in is not None:
+        return stand_in.obstacle(module, form) or stand_in
+    if isinstance(module, tuple(_STAND_INS)):
         return f"{type(module).__name__} has a forward of its own"
     return f"{type(module).__name__} has no low-rank form here"

@@ -1,4 +1,7 @@
-"""The low-rank stand-in for nn.Conv2d, in channel form. I, O: channels, K: kernel size, R: rank."""
+"""The low-rank stand-ins for nn.Conv1d, 2d and 3d, in channel form.
+
+I, O: channels, K: kernel size, G: groups, R: rank of each group.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,151 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from rankwise.errors import PlanError
 from rankwise.layers.base import LowRankLayer, check_rank
+from rankwise.layers.form import Form
+
+Size = int | tuple[int, ...]
 
 
-class LowRankConv2d(LowRankLayer):
-    """A K x K convolution to R channels, then a 1 x 1 convolution to O (2103.03936, 2305.02538).
+class LowRankConv(LowRankLayer):
+    """A convolution to R channels, then one with kernel size 1 to O (2103.03936, 2305.02538).
 
-    The kernel (O, I, K, K) is seen as the matrix O x (I K K) of rank R, which holds
-    R (I K K + O) numbers. Stride, padding, padding mode and dilation belong to the first map.
+    The kernel (O, I, K...) is seen as the matrix O x (I K...) of rank R, which holds
+    R (I K... + O) numbers. Stride, padding, padding mode and dilation belong to the first map.
+    Each of G groups is a matrix (O / G) x (I K... / G) with R channels of its own.
 
     Args:
         in_channels: I.
         out_channels: O.
-        kernel_size: K, or (rows, columns).
-        rank: 1 ... min(O, I K K).
+        kernel_size: K, or one for each dimension.
+        rank: 1 ... min(O / G, I K... / G).
         stride: of the first map.
         padding: of the first map; also "same" or "valid".
         dilation: of the first map.
+        groups: of both maps.
         bias: whether to add b.
         padding_mode: of the first map, as in nn.Conv2d.
-        norm: BatchNorm over the R code channels (the extra BatchNorm of 2103.03936).
+        norm: BatchNorm over the code channels (the extra BatchNorm of 2103.03936).
+        core: a map between the codes, W = U C V (2105.01029).
         device: where the parameters live.
         dtype: their type.
+    """
+
+    conv_class: ClassVar[type[nn.Module]]
+    norm_class: ClassVar[type[nn.Module]]
+    dimensions: ClassVar[int]
+    settings: ClassVar[tuple[str, ...]] = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        rank: int,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        *,
+        norm: bool = False,
+        core: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        kernel = each_dimension(kernel_size, self.dimensions)
+        check_groups(in_channels, out_channels, groups)
+        columns = torch.Size((in_channels // groups, *kernel)).numel()
+        check_rank(rank, (out_channels // groups, columns), self.kind)
+        place = {"device": device, "dtype": dtype}
+        conv: Any = self.conv_class
+        codes = groups * rank
+        self.v = conv(
+            in_channels,
+            codes,
+            kernel,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias=False,
+            padding_mode=padding_mode,
+            **place,
+        )
+        norm_class: Any = self.norm_class
+        self.norm = norm_class(codes, **place) if norm else None
+        self.core = conv(codes, codes, 1, groups=groups, bias=False, **place) if core else None
+        self.u = conv(codes, out_channels, 1, groups=groups, bias=bias, **place)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.rank, self.groups, self.blocks = rank, groups, groups
+        self.kernel_size, self.padding_mode = kernel, padding_mode
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.reset_parameters()
+
+    @classmethod
+    def obstacle(cls, dense: Any, form: Form) -> str:
+        return depthwise(cls, dense)
+
+    @classmethod
+    def blocks_of(cls, dense: Any, blocks: int = 1) -> int:
+        return groups_of(dense, blocks)
+
+    @classmethod
+    def like(
+        cls, dense: Any, rank: int, *, norm: bool = False, core: bool = False, blocks: int = 1
+    ) -> Self:
+        layer: Any = super().like(dense, rank, norm=norm, core=core, blocks=blocks)
+        return layer.to(memory_format=memory_format(dense.weight))
+
+    def dense_like(self) -> Any:
+        return super().dense_like().to(memory_format=memory_format(self.v.weight))
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = self.v(x)
+        if self.norm is not None:
+            codes = self.norm(codes)
+        if self.core is not None:
+            codes = self.core(codes)
+        return self.u(codes)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, rank={self.rank}"
+        return text if self.groups == 1 else f"{text}, groups={self.groups}"
+
+
+class LowRankConv1d(LowRankConv):
+    """`LowRankConv` for nn.Conv1d: inputs (B, I, L) or (I, L).
+
+    Example:
+        >>> LowRankConv1d(64, 128, 3, rank=16, padding=1)(torch.zeros(2, 64, 8)).shape
+        torch.Size([2, 128, 8])
+    """
+
+    kind: ClassVar[str] = "conv1d"
+    dense_class: ClassVar[type[nn.Module]] = nn.Conv1d
+    conv_class: ClassVar[type[nn.Module]] = nn.Conv1d
+    norm_class: ClassVar[type[nn.Module]] = nn.BatchNorm1d
+    dimensions: ClassVar[int] = 1
+
+
+class LowRankConv2d(LowRankConv):
+    """`LowRankConv` for nn.Conv2d: inputs (B, I, H, W) or (I, H, W).
 
     Example:
         >>> LowRankConv2d(64, 128, 3, rank=16, padding=1)(torch.zeros(2, 64, 8, 8)).shape
@@ -37,111 +163,75 @@ class LowRankConv2d(LowRankLayer):
 
     kind: ClassVar[str] = "conv2d"
     dense_class: ClassVar[type[nn.Module]] = nn.Conv2d
+    conv_class: ClassVar[type[nn.Module]] = nn.Conv2d
+    norm_class: ClassVar[type[nn.Module]] = nn.BatchNorm2d
+    dimensions: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        rank: int,
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        bias: bool = True,
-        *,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        norm: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        check_rank(rank, (out_channels, in_channels, *kernel), self.kind)
-        place = {"device": device, "dtype": dtype}
-        self.v = nn.Conv2d(
-            in_channels,
-            rank,
-            kernel,
-            stride,
-            padding,
-            dilation,
-            bias=False,
-            padding_mode=padding_mode,
-            **place,
+
+class LowRankConv3d(LowRankConv):
+    """`LowRankConv` for nn.Conv3d: inputs (B, I, D, H, W) or (I, D, H, W).
+
+    Example:
+        >>> LowRankConv3d(8, 16, 3, rank=4, padding=1)(torch.zeros(2, 8, 4, 4, 4)).shape
+        torch.Size([2, 16, 4, 4, 4])
+    """
+
+    kind: ClassVar[str] = "conv3d"
+    dense_class: ClassVar[type[nn.Module]] = nn.Conv3d
+    conv_class: ClassVar[type[nn.Module]] = nn.Conv3d
+    norm_class: ClassVar[type[nn.Module]] = nn.BatchNorm3d
+    dimensions: ClassVar[int] = 3
+
+
+def each_dimension(size: Size, dimensions: int) -> tuple[int, ...]:
+    """A size for each dimension: 3 -> (3, 3) for two of them."""
+    return (size,) * dimensions if isinstance(size, int) else tuple(size)
+
+
+def check_groups(in_channels: int, out_channels: int, groups: int) -> None:
+    """Refuse groups that do not divide both numbers of channels.
+
+    Raises:
+        PlanError: naming them.
+    """
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise PlanError(f"{groups} groups do not divide {in_channels} -> {out_channels} channels")
+
+
+def groups_of(dense: Any, blocks: int) -> int:
+    """A convolution's groups, which are its blocks; no others can be asked for.
+
+    Raises:
+        PlanError: another number of blocks.
+    """
+    if blocks not in (1, dense.groups):
+        raise PlanError(
+            f"blocks={blocks!r}: a convolution's blocks are its groups ({dense.groups}); it does "
+            "not split otherwise"
         )
-        self.norm = nn.BatchNorm2d(rank, **place) if norm else None
-        self.u = nn.Conv2d(rank, out_channels, 1, bias=bias, **place)
-        self.in_channels, self.out_channels, self.rank = in_channels, out_channels, rank
-        self.kernel_size, self.groups = kernel, 1
-        self.stride, self.padding, self.dilation = stride, padding, dilation
-        self.padding_mode = padding_mode
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw both factors anew, the product with a default nn.Conv2d's variance 1 / (3 I K K)."""
-        fan_in = self.v.weight[0].numel()
-        std = (1 / (3 * fan_in) / self.rank) ** 0.25
-        nn.init.normal_(self.v.weight, std=std)
-        nn.init.normal_(self.u.weight, std=std)
-        if self.u.bias is not None:
-            nn.init.uniform_(self.u.bias, -(fan_in**-0.5), fan_in**-0.5)
-
-    @classmethod
-    def like(cls, dense: nn.Conv2d, rank: int, *, norm: bool = False) -> Self:
-        check_rank(rank, tuple(dense.weight.shape), cls.kind)
-        layer: Any = nn.utils.skip_init(
-            cls,
-            dense.in_channels,
-            dense.out_channels,
-            dense.kernel_size,
-            rank,
-            dense.stride,
-            dense.padding,
-            dense.dilation,
-            bias=dense.bias is not None,
-            padding_mode=dense.padding_mode,
-            norm=norm,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
-        if layer.norm is not None:
-            layer.norm.reset_parameters()
-        return layer.to(memory_format=_memory_format(dense.weight))
-
-    def dense_like(self) -> nn.Conv2d:
-        dense: Any = nn.utils.skip_init(
-            nn.Conv2d,
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            bias=self.u.bias is not None,
-            padding_mode=self.padding_mode,
-            device=self.u.weight.device,
-            dtype=self.u.weight.dtype,
-        )
-        return dense.to(memory_format=_memory_format(self.v.weight))
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        return (self.out_channels, self.in_channels, *self.kernel_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        codes = self.v(x)
-        if self.norm is not None:
-            codes = self.norm(codes)
-        return self.u(codes)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, rank={self.rank}"
+    return dense.groups
 
 
-def _memory_format(weight: Tensor) -> torch.memory_format:
-    # By strides: a 1 x 1 kernel counts as contiguous in either format, yet sets its output's.
-    last = torch.empty(weight.shape, device="meta", memory_format=torch.channels_last)
-    if weight.stride() == last.stride() and weight.numel() > len(weight):
-        return torch.channels_last
-    return torch.contiguous_format
+def depthwise(stand_in: type[LowRankLayer], dense: Any) -> str:
+    """Why a convolution with one row or column in each group stays dense, or empty."""
+    if dense.groups == 1:
+        return ""
+    rows, columns = stand_in.matrix_shape(dense)
+    if min(rows, columns) > 1:
+        return ""
+    return (
+        f"depthwise convolution: each of its {dense.groups} groups is a {rows}×{columns} matrix, "
+        "which has rank 1 already"
+    )
+
+
+def memory_format(weight: Tensor) -> torch.memory_format:
+    """The format of a convolution's weight, which sets that of its output.
+
+    By strides: a 1 x 1 kernel counts as contiguous in either format.
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+    if last is None or weight.numel() == len(weight):
+        return torch.contiguous_format
+    example = torch.empty(weight.shape, device="meta", memory_format=last)
+    return last if weight.stride() == example.stride() else torch.contiguous_format

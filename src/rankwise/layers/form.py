@@ -1,0 +1,68 @@
+"""The form of a factorisation: what the user chooses beside the rank, for all layers at once."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rankwise.errors import OptionError
+
+if TYPE_CHECKING:
+    from rankwise.layers.base import LowRankLayer
+
+# Linear layers whose rows are queries, keys and values one below the other, by their usual names.
+FUSED = ("qkv", "c_attn", "query_key_value", "in_proj", "Wqkv", "to_qkv")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How layers are factorised; the rank says how far.
+
+    Attributes:
+        norm: a BatchNorm over the codes between the factors (2103.03936); changes the function.
+        core: three factors U C V with a square map in between (2105.01029).
+        separable: 2-D convolutions as 1 x k and k x 1 (2105.01029) instead of k x k and 1 x 1.
+        split: linear layers that hold several matrices, each to get factors of its own: glob over
+            layer names -> number of equal parts of the rows, the first pattern that matches counts;
+            or True for the fused projections known by name (qkv, c_attn, ...) with three times as
+            many rows as columns, in three parts. Grouped queries make unequal parts: not split.
+    """
+
+    norm: bool = False
+    core: bool = False
+    separable: bool = False
+    split: bool | Mapping[str, int] = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.split, bool):
+            return
+        if not isinstance(self.split, Mapping):
+            raise OptionError(f"split={self.split!r} is neither True nor layer glob -> parts")
+        for pattern, parts in self.split.items():
+            if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
+                raise OptionError(f"split: {parts!r} for {pattern!r} is no number of parts")
+
+    def keywords(self, name: str, dense: Any, stand_in: type[LowRankLayer]) -> dict[str, Any]:
+        """What `from_dense` and `like` of the class for this layer take beside the rank.
+
+        Args:
+            name: the layer's name in the model.
+            dense: the layer.
+            stand_in: its low-rank class.
+
+        Raises:
+            PlanError: parts that do not divide the layer, or a layer that does not split.
+        """
+        blocks = stand_in.blocks_of(dense, self._parts(name, dense, stand_in))
+        return {"norm": self.norm, "core": self.core, "blocks": blocks}
+
+    def _parts(self, name: str, dense: Any, stand_in: type[LowRankLayer]) -> int:
+        if isinstance(self.split, Mapping):
+            matching = (n for p, n in self.split.items() if fnmatch.fnmatchcase(name, p))
+            return next(matching, 1)
+        if not self.split or not stand_in.splits or name.rpartition(".")[2] not in FUSED:
+            return 1
+        rows, columns = stand_in.matrix_shape(dense)
+        return 3 if rows == 3 * columns else 1
