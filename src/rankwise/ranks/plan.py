@@ -12,7 +12,9 @@ from torch import nn
 from rankwise import accounting, selection, surgery
 from rankwise.errors import OptionError
 from rankwise.method import NO_CHANGE, Change, Context
-from rankwise.ranks.rules import MatrixShape, Rule, as_rule
+from rankwise.ranks.registry import as_rule
+from rankwise.ranks.rules import Rule
+from rankwise.ranks.shape import MatrixShape
 
 if TYPE_CHECKING:
     from rankwise.accounting import Trace
@@ -223,7 +225,7 @@ def _line(
     reason: str,
     trace: Trace | None,
 ) -> LayerPlan:
-    planned = shape.dense if rank is None else rank * shape.per_rank
+    planned = shape.dense if rank is None else shape.cost(rank)
     calls = () if trace is None else trace.calls.get(name, ())
     flops = None
     if calls and isinstance(candidate.module, (nn.Linear, nn.modules.conv._ConvNd)):

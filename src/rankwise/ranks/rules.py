@@ -1,4 +1,4 @@
-"""Rules that give every layer its rank: fixed, a ratio of the full rank, a parameter budget.
+"""Rules that give every layer its rank: what they share, a fixed rank, a ratio of the full one.
 
 M, N: the layer's weight as a matrix; R: rank. A low-rank layer stores R (M + N) numbers, so it is
 smaller than dense below the break-even rank M N / (M + N). That guard is the same for all rules.
@@ -9,41 +9,15 @@ from __future__ import annotations
 import fnmatch
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_right
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from rankwise.errors import OptionError, PlanError, SelectionError, nearest, unknown
+from rankwise.errors import PlanError, SelectionError, nearest
+from rankwise.ranks.shape import Cost, MatrixShape
 
-
-@dataclass(frozen=True)
-class MatrixShape:
-    """A weight as a matrix: `rows` = O, `columns` = I (times the kernel's area)."""
-
-    rows: int
-    columns: int
-    norm: bool = False
-
-    @property
-    def full_rank(self) -> int:
-        return min(self.rows, self.columns)
-
-    @property
-    def dense(self) -> int:
-        """Numbers the dense weight stores."""
-        return self.rows * self.columns
-
-    @property
-    def per_rank(self) -> int:
-        """Numbers that one unit of rank stores; a BatchNorm over the codes adds two."""
-        return self.rows + self.columns + (2 if self.norm else 0)
-
-    @property
-    def break_even(self) -> int:
-        """The smallest rank that does not make the layer smaller."""
-        return -(-self.dense // self.per_rank)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -54,72 +28,195 @@ class Decision:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Rule(ABC):
-    """Maps the selected layers to ranks; every rule knows overrides and the break-even guard.
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs, as a function of the ranks: its selected layers and all the rest.
 
     Attributes:
-        overrides: glob over layer names -> rank (int), ratio of the full rank (float), or None for
-            dense. Goes before the rule; the first pattern that matches counts.
+        layers: name -> cost of its layer, dense and by rank.
+        others: of everything else in the model; no rank changes it.
+        unit: "parameters", "FLOPs" or "bytes".
+    """
+
+    layers: Mapping[str, Cost]
+    others: int
+    unit: str = "parameters"
+
+    @property
+    def dense(self) -> int:
+        """Of the dense model."""
+        return self.others + sum(cost.dense for cost in self.layers.values())
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The ranks a rule may give a layer, and the multiples it rounds to."""
+
+    low: int
+    high: int
+    full: int
+    multiple: int
+
+    def fit(self, rank: float, *, up: bool = False) -> int:
+        """The nearest allowed rank, or the next above; the bounds go before the multiple."""
+        if rank >= self.full:
+            return self.high
+        steps = rank / self.multiple
+        return self.clamp(self.multiple * max(1, math.ceil(steps) if up else round(steps)))
+
+    def clamp(self, rank: int) -> int:
+        """The allowed rank next to a multiple."""
+        if rank > self.high:
+            below = self.high - self.high % self.multiple
+            return self.high if self.high == self.full or below < self.low else below
+        if rank < self.low:
+            above = self.low + -self.low % self.multiple
+            return above if above <= self.high else self.low
+        return rank
+
+    def steps(self) -> list[int]:
+        """Every allowed rank below the full one, ascending; if a cap leaves no multiple, others."""
+        last = min(self.high, self.full - 1)
+        multiples = [*range(self.low + -self.low % self.multiple, last + 1, self.multiple)]
+        return multiples or ([*range(self.low, last + 1)] if self.high < self.full else [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a rule is asked, and what it may look at.
+
+    Attributes:
+        shapes: the layers to decide.
+        bounds: the ranks that each of them may get.
+        fixed: ranks of the selected layers that an override has decided; None is dense.
+        spectra: layer name -> singular values (B, K) of its B blocks; measured when called.
+        costs: "parameters", "flops" or "memory" -> the model's costs; counted when called.
+    """
+
+    shapes: Mapping[str, MatrixShape]
+    bounds: Mapping[str, Bounds]
+    fixed: Mapping[str, int | None]
+    spectra: Callable[[str], Tensor]
+    costs: Callable[[str], Costs]
+
+
+@dataclass(frozen=True, repr=False)
+class Rule(ABC):
+    """Maps the selected layers to ranks; every rule knows overrides, bounds and the guard.
+
+    Attributes:
+        overrides: glob over layer names -> rank (int), ratio of the full rank (float), None for
+            dense, or a pair (floor, cap) that holds instead of the rule's own. Goes before the
+            rule; the first pattern that matches counts.
+        floor: smallest rank the rule may give: a rank (int) or a ratio of the full rank (float).
+        cap: largest rank, in the same way.
+        multiple: ranks are rounded to multiples of it (8 suits vector units and tensor cores);
+            1 for none. Full rank stays full rank, and floor and cap go first where they leave no
+            multiple.
         allow_growth: lift the guard that leaves layers dense which low rank would make larger.
     """
 
     name: ClassVar[str]
+    reads_weights: ClassVar[bool] = False
 
-    overrides: Mapping[str, int | float | None] = field(default_factory=dict)
+    _: KW_ONLY
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    floor: int | float | None = None
+    cap: int | float | None = None
+    multiple: int = 8
     allow_growth: bool = False
 
     def __post_init__(self) -> None:
+        if not _is_whole(self.multiple, at_least=1):
+            raise PlanError(
+                f"multiple={self.multiple!r}: ranks can be rounded to multiples of a whole number, "
+                "1 or more"
+            )
+        _check_bounds(self.floor, self.cap, "")
         if not isinstance(self.overrides, Mapping):
             raise PlanError(f"overrides={self.overrides!r} must map layer globs to ranks")
         for pattern, value in self.overrides.items():
-            if value is not None and not _is_rank_or_ratio(value):
+            if _is_pair(value):
+                _check_bounds(value[0], value[1], f"overrides for {pattern!r}: ")
+            elif value is not None and not is_rank_or_ratio(value):
                 raise PlanError(
                     f"overrides: {value!r} for {pattern!r} is no rank (an int from 1), no ratio of "
-                    "the full rank (a float in (0, 1]) and not None (dense)"
+                    "the full rank (a float in (0, 1]), no pair (floor, cap) of these and not None "
+                    "(dense)"
                 )
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether the rule can decide only when it is known how the model executes."""
+        return False
 
     def __repr__(self) -> str:
         """The shortest call that builds this rule."""
-        own = [f for f in fields(self) if f.name not in ("overrides", "allow_growth")]
-        shown = [repr(getattr(self, own[0].name))]
-        for extra in (*own[1:], *(f for f in fields(self) if f not in own)):
+        common = {f.name for f in fields(Rule)}
+        own = [f for f in fields(self) if f.name not in common]
+        shown = [repr(getattr(self, f.name)) for f in own[:1]]
+        for extra in (*own[1:], *(f for f in fields(self) if f.name in common)):
             value = getattr(self, extra.name)
             if value != extra.default and value != {}:
                 shown.append(f"{extra.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @abstractmethod
-    def ranks(self, shapes: Mapping[str, MatrixShape], others: int, dense: int) -> dict[str, int]:
-        """Ranks before the guard.
+    def ranks(self, asked: Question) -> Mapping[str, int | Decision]:
+        """Ranks within their bounds, before the guard; or a decision, where it has a reason."""
 
-        Args:
-            shapes: the layers to decide, those with an override left out.
-            others: parameters that the model will have outside these weights.
-            dense: parameters of the dense model.
-        """
-
-    def assign(self, shapes: Mapping[str, MatrixShape], others: int = 0) -> dict[str, Decision]:
+    def assign(
+        self,
+        shapes: Mapping[str, MatrixShape],
+        others: int = 0,
+        *,
+        spectra: Callable[[str], Tensor] | None = None,
+        costs: Callable[[str], Costs] | None = None,
+    ) -> dict[str, Decision]:
         """Decide every layer.
 
         Args:
             shapes: layer name -> its weight's shape, selected layers only.
             others: number of parameters of the model outside these weights.
+            spectra: layer name -> singular values (B, K) of its blocks, for rules that read the
+                weights; called for the layers that need it, once each.
+            costs: "flops" or "memory" -> costs of the model; parameters need none.
 
         Raises:
-            PlanError: a rank outside 1 ... full rank, or an unreachable budget.
+            PlanError: a rank outside 1 ... full rank, bounds that exclude each other, an
+                unreachable budget, or weights that cannot be measured.
             SelectionError: an override that matches no selected layer.
         """
-        fixed = self._overridden(shapes)
+        fixed, ranges = self._overridden(shapes)
         free = {name: shape for name, shape in shapes.items() if name not in fixed}
-        taken = sum(
-            shapes[name].dense if d.rank is None else d.rank * shapes[name].per_rank
-            for name, d in fixed.items()
+
+        def counted(of: str) -> Costs:
+            if of == "parameters":
+                return Costs({name: shape.stored for name, shape in shapes.items()}, others)
+            if costs is None:
+                raise PlanError(f"{self!r} needs the model's costs; make it through rankwise.plan")
+            return costs(of)
+
+        def measured(name: str) -> Tensor:
+            if spectra is None:
+                raise PlanError(
+                    f"{self!r} reads the weights, and there are shapes alone; make it through "
+                    "rankwise.plan"
+                )
+            return spectra(name)
+
+        found = self.ranks(
+            Question(
+                shapes=free,
+                bounds={n: self._bounds(n, s, ranges.get(n)) for n, s in free.items()},
+                fixed={name: decision.rank for name, decision in fixed.items()},
+                spectra=measured,
+                costs=counted,
+            )
         )
         decided = dict(fixed)
-        dense = others + sum(shape.dense for shape in shapes.values())
-        for name, rank in self.ranks(free, others + taken, dense).items():
-            decided[name] = self._guard(rank, free[name])
+        for name, rank in found.items():
+            decided[name] = rank if isinstance(rank, Decision) else self._guard(rank, free[name])
         return {name: decided[name] for name in shapes}
 
     def _guard(self, rank: int, shape: MatrixShape) -> Decision:
@@ -131,8 +228,23 @@ class Rule(ABC):
             )
         return Decision(rank, "")
 
-    def _overridden(self, shapes: Mapping[str, MatrixShape]) -> dict[str, Decision]:
+    def _bounds(self, name: str, shape: MatrixShape, own: tuple[Any, Any] | None) -> Bounds:
+        floor, cap = own or (self.floor, self.cap)
+        full = shape.full_rank
+        low = 1 if floor is None else min(full, _as_rank(floor, full, math.ceil))
+        high = full if cap is None else min(full, _as_rank(cap, full, math.floor))
+        if low > high:
+            raise PlanError(
+                f"{name} ({shape}): floor {floor} is rank {low}, above cap {cap}, rank {high}; "
+                "lower the floor or raise the cap, for this layer through overrides"
+            )
+        return Bounds(low, high, full, self.multiple)
+
+    def _overridden(
+        self, shapes: Mapping[str, MatrixShape]
+    ) -> tuple[dict[str, Decision], dict[str, tuple[Any, Any]]]:
         decided: dict[str, Decision] = {}
+        ranges: dict[str, tuple[Any, Any]] = {}
         for pattern, value in self.overrides.items():
             matched = fnmatch.filter(shapes, pattern)
             if not matched:
@@ -141,17 +253,22 @@ class Rule(ABC):
                     f"overrides: {pattern!r} matches no selected layer; the closest are {close}"
                 )
             for name in matched:
-                decided.setdefault(name, self._override(name, value, shapes[name]))
-        return decided
+                if name in decided or name in ranges:
+                    continue
+                if _is_pair(value):
+                    ranges[name] = (value[0], value[1])
+                else:
+                    decided[name] = self._override(name, value, shapes[name])
+        return decided, ranges
 
     def _override(self, name: str, value: float | None, shape: MatrixShape) -> Decision:
         if value is None:
             return Decision(None, "dense by override")
-        rank = value if isinstance(value, int) else max(1, round(value * shape.full_rank))
+        rank = _as_rank(value, shape.full_rank, round)
         if rank > shape.full_rank:
             raise PlanError(
-                f"overrides: rank {rank} for {name} ({shape.rows}×{shape.columns}) is above its "
-                f"full rank {shape.full_rank}"
+                f"overrides: rank {rank} for {name} ({shape}) is above its full rank "
+                f"{shape.full_rank}"
             )
         return self._guard(rank, shape)
 
@@ -161,28 +278,34 @@ class Fixed(Rule):
     """The same rank for every layer; layers whose full rank is smaller stay dense.
 
     Args:
-        rank: at least 1.
+        rank: at least 1; not rounded, unless `multiple` is given.
     """
 
     name: ClassVar[str] = "rank"
     rank: int
+    _: KW_ONLY
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not _is_whole(self.rank, at_least=1):
             raise PlanError(f"rank {self.rank!r} is no rank; it must be a whole number, 1 or more")
 
-    def ranks(self, shapes: Mapping[str, MatrixShape], others: int, dense: int) -> dict[str, int]:
+    def ranks(self, asked: Question) -> Mapping[str, int | Decision]:
+        shapes = asked.shapes
         if not shapes:
             return {}
         largest = max(shapes, key=lambda n: shapes[n].full_rank)
         if self.rank > shapes[largest].full_rank:
-            shape = shapes[largest]
             raise PlanError(
                 f"rank {self.rank} is above the full rank of every selected layer; the largest is "
-                f"{largest} ({shape.rows}×{shape.columns}), full rank {shape.full_rank}"
+                f"{largest} ({shapes[largest]}), full rank {shapes[largest].full_rank}"
             )
-        return dict.fromkeys(shapes, self.rank)
+        # Above a layer's full rank the guard leaves it dense; below its cap it is not above.
+        return {
+            name: self.rank if self.rank > bounds.high == bounds.full else bounds.fit(self.rank)
+            for name, bounds in asked.bounds.items()
+        }
 
 
 @dataclass(frozen=True, repr=False)
@@ -193,191 +316,54 @@ class Ratio(Rule):
     parameters, a 3x3 convolution c -> c about 10/9 x ratio. The plan prints both.
 
     Args:
-        ratio: above 0, at most 1.
-        multiple: ranks are rounded to the nearest multiple of it (8 suits vector units and tensor
-            cores); 1 for none. Full rank stays full rank.
+        ratio: above 0, at most 1; ranks are rounded to the nearest multiple.
     """
 
     name: ClassVar[str] = "ratio"
     ratio: float
-    multiple: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _is_number(self.ratio) or not 0 < self.ratio <= 1:
+        if not is_number(self.ratio) or not 0 < self.ratio <= 1:
             raise PlanError(
                 f"ratio {self.ratio!r} is outside (0, 1]: it multiplies a layer's full rank"
             )
-        _check_multiple(self.multiple)
 
-    def ranks(self, shapes: Mapping[str, MatrixShape], others: int, dense: int) -> dict[str, int]:
-        return {
-            name: _rounded(self.ratio * shape.full_rank, self.multiple, shape.full_rank)
-            for name, shape in shapes.items()
-        }
+    def ranks(self, asked: Question) -> Mapping[str, int | Decision]:
+        return {name: b.fit(self.ratio * b.full) for name, b in asked.bounds.items()}
 
 
-@dataclass(frozen=True, repr=False)
-class Budget(Rule):
-    """The largest common rank ratio whose model stays within a number of parameters.
-
-    Bisection on the ratio, then single steps of rank while one still fits, so that what is left
-    over is less than the cheapest step.
-
-    Args:
-        parameters: fraction of the dense model's parameters (a float up to 1.0), or their number
-            (an int); all of the model counts, not only the selected layers.
-        multiple: ranks are multiples of it.
-    """
-
-    name: ClassVar[str] = "budget"
-    parameters: float
-    multiple: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not _is_rank_or_ratio(self.parameters):
-            raise PlanError(
-                f"budget {self.parameters!r} is neither a fraction of the dense model's parameters "
-                "(a float in (0, 1]) nor their number (an int from 1)"
-            )
-        if self.allow_growth:
-            raise PlanError("a budget never lets a layer grow; drop allow_growth")
-        _check_multiple(self.multiple)
-
-    def ranks(self, shapes: Mapping[str, MatrixShape], others: int, dense: int) -> dict[str, int]:
-        target = (
-            int(self.parameters * dense) if isinstance(self.parameters, float) else self.parameters
-        )
-        if target >= dense:
-            return {name: shape.full_rank for name, shape in shapes.items()}
-        steps = {name: _ladder(shape, self.multiple) for name, shape in shapes.items()}
-        least = others + sum(_cost(steps[n][0], shapes[n]) for n in shapes)
-        if least > target:
-            smaller = "allow smaller ranks (multiple=1), " if self.multiple > 1 else ""
-            enough = math.ceil(1000 * least / dense) / 1000
-            raise PlanError(
-                f"a budget of {target:,} parameters is out of reach: with every selected layer at "
-                f"its smallest rank the model still has {least:,} (dense {dense:,}); select more "
-                f"layers, {smaller}or raise it to {enough:.3f}"
-            )
-        return self._fill(shapes, steps, target - others)
-
-    @staticmethod
-    def _fill(
-        shapes: Mapping[str, MatrixShape], steps: Mapping[str, list[int]], room: int
-    ) -> dict[str, int]:
-        def at(scale: float) -> dict[str, int]:
-            """Index on each layer's ladder: the highest step at or below the common ratio."""
-            return {
-                name: max(0, bisect_right(ladder, scale * shapes[name].full_rank) - 1)
-                for name, ladder in steps.items()
-            }
-
-        def spent(index: Mapping[str, int]) -> int:
-            return sum(_cost(steps[n][i], shapes[n]) for n, i in index.items())
-
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if spent(at(middle)) <= room else (low, middle)
-        index = at(low)
-        left = room - spent(index)
-        # Layers that the common ratio would raise next go first; each pass raises one step each.
-        while True:
-            order = sorted(
-                (n for n in steps if index[n] + 1 < len(steps[n])),
-                key=lambda n: steps[n][index[n] + 1] / shapes[n].full_rank,
-            )
-            for name in order:
-                price = _cost(steps[name][index[name] + 1], shapes[name]) - _cost(
-                    steps[name][index[name]], shapes[name]
-                )
-                if price <= left:
-                    index[name] += 1
-                    left -= price
-                    break
-            else:
-                return {name: steps[name][i] for name, i in index.items()}
-
-
-def _ladder(shape: MatrixShape, multiple: int) -> list[int]:
-    """Ranks a layer may take, ascending: multiples below break-even, then full (stays dense)."""
-    below = [r for r in range(multiple, shape.full_rank, multiple) if r < shape.break_even]
-    return [*below, shape.full_rank]
-
-
-def _cost(rank: int, shape: MatrixShape) -> int:
-    return min(rank * shape.per_rank, shape.dense)
-
-
-def _rounded(rank: float, multiple: int, full: int) -> int:
-    if rank >= full:
-        return full
-    return max(1, min(full, max(multiple, multiple * round(rank / multiple))))
-
-
-def _check_multiple(multiple: int) -> None:
-    if not _is_whole(multiple, at_least=1):
-        raise PlanError(
-            f"multiple={multiple!r}: ranks can be rounded to multiples of a whole number, 1 or more"
-        )
-
-
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and no switch."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_rank_or_ratio(value: Any) -> bool:
+    """Whether a value is a count from 1 (int) or a fraction in (0, 1] (float): 1 and 1.0 differ."""
+    return _is_whole(value, at_least=1) or (isinstance(value, float) and 0 < value <= 1)
 
 
 def _is_whole(value: Any, *, at_least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
-def _is_rank_or_ratio(value: Any) -> bool:
-    """An int counts, a float is a fraction: 1 and 1.0 differ."""
-    return _is_whole(value, at_least=1) or (isinstance(value, float) and 0 < value <= 1)
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2
 
 
-RULES: dict[str, type[Rule]] = {cls.name: cls for cls in (Fixed, Ratio, Budget)}
-
-
-def as_rule(value: Any) -> Rule:
-    """A rule from what a user wrote: 32 is a rank, 0.25 a ratio, "budget=0.3" a budget.
-
-    Raises:
-        OptionError: unknown rule or unreadable number.
-
-    Example:
-        >>> as_rule("budget=0.3")
-        Budget(0.3)
-    """
-    if isinstance(value, Rule):
+def _as_rank(value: float, full: int, rounding: Callable[[float], int]) -> int:
+    if isinstance(value, int):
         return value
-    if isinstance(value, str):
-        kind, _, number = value.rpartition("=")
-        parsed = _number(number.strip(), value)
-        if kind:
-            if kind.strip() not in RULES:
-                raise OptionError(unknown("rank rule", kind.strip(), RULES))
-            make: Any = RULES[kind.strip()]
-            return make(parsed)
-        value = parsed
-    if isinstance(value, int) and not isinstance(value, bool):
-        return Fixed(value)
-    if isinstance(value, float):
-        return Ratio(value)
-    raise OptionError(
-        f"{value!r} is no rank rule; give a rank (32), a ratio of the full rank (0.25), "
-        "'budget=0.3', or a rule of rankwise.ranks"
-    )
+    # 0.07 * 100 is a hair above 7: rounding of the product must not add a rank.
+    return max(1, rounding(round(value * full, 9)))
 
 
-def _number(text: str, whole: str) -> int | float:
-    try:
-        with suppress(ValueError):
-            return int(text)
-        return float(text)
-    except ValueError as error:
-        raise OptionError(
-            f"rank rule {whole!r}: {text!r} is no number; write 32, 0.25, rank=32, ratio=0.25 or "
-            "budget=0.3"
-        ) from error
+def _check_bounds(floor: Any, cap: Any, place: str) -> None:
+    for which, value in (("floor", floor), ("cap", cap)):
+        if value is not None and not is_rank_or_ratio(value):
+            raise PlanError(
+                f"{place}{which}={value!r} is no rank (an int from 1), no ratio of the full rank "
+                "(a float in (0, 1]) and not None (none)"
+            )
+    if floor is not None and type(floor) is type(cap) and floor > cap:
+        raise PlanError(f"{place}floor={floor} is above cap={cap}")
