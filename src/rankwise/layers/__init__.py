@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from torch import nn
 
+from rankwise.layers.attention import OpenAttention
 from rankwise.layers.base import LowRankLayer
 from rankwise.layers.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from rankwise.layers.embedding import LowRankEmbedding
 from rankwise.layers.form import Form
 from rankwise.layers.initial import INITS
 from rankwise.layers.linear import BlockLinear, LowRankLinear
-
-_CLASSES = (LowRankLinear, LowRankConv2d)
-KINDS: dict[str, type[LowRankLayer]] = {c.kind: c for c in _CLASSES}
-
-# A subclass may have another forward (quantised, parametrised, adapted): only exact types, and
-# nn.MultiheadAttention's own projection class, whose forward is nn.Linear's.
-_STAND_INS: dict[type[nn.Module], type[LowRankLayer]] = {
-    **{c.dense_class: c for c in _CLASSES},
-    nn.modules.linear.NonDynamicallyQuantizableLinear: LowRankLinear,
-}
+from rankwise.layers.separable import LowRankSeparableConv2d
+from rankwise.layers.transposed_conv import (
+    LowRankConvTranspose1d,
+    LowRankConvTranspose2d,
+    LowRankConvTranspose3d,
+)
+from rankwise.layers.transposed_linear import LowRankTransposedLinear
 
 __all__ = [
     "INITS",
@@ -28,10 +27,38 @@ __all__ = [
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
+    "LowRankConvTranspose1d",
+    "LowRankConvTranspose2d",
+    "LowRankConvTranspose3d",
+    "LowRankEmbedding",
     "LowRankLayer",
     "LowRankLinear",
+    "LowRankSeparableConv2d",
+    "LowRankTransposedLinear",
+    "OpenAttention",
     "low_rank_class",
 ]
+
+_CLASSES = (
+    LowRankLinear,
+    LowRankConv1d,
+    LowRankConv2d,
+    LowRankConv3d,
+    LowRankConvTranspose1d,
+    LowRankConvTranspose2d,
+    LowRankConvTranspose3d,
+    LowRankEmbedding,
+)
+# Chosen by the form, or for a class known by name.
+_OTHERS = (LowRankSeparableConv2d, LowRankTransposedLinear)
+KINDS: dict[str, type[LowRankLayer]] = {c.kind: c for c in (*_CLASSES, *_OTHERS)}
+
+# A subclass may have another forward (quantised, parametrised, adapted): only exact types, and
+# nn.MultiheadAttention's own projection class, whose forward is nn.Linear's.
+_STAND_INS: dict[type[nn.Module], type[LowRankLayer]] = {
+    **{c.dense_class: c for c in _CLASSES},
+    nn.modules.linear.NonDynamicallyQuantizableLinear: LowRankLinear,
+}
 
 
 def low_rank_class(module: nn.Module, form: Form | None = None) -> type[LowRankLayer] | str:
@@ -43,8 +70,12 @@ def low_rank_class(module: nn.Module, form: Form | None = None) -> type[LowRankL
     """
     form = form or Form()
     stand_in = _STAND_INS.get(type(module))
-    if type(module) is nn.Conv2d and module.groups != 1:
+    if getattr(module, "groups", 1) != 1:
         return f"grouped convolution ({module.groups} groups)"
+    if form.separable and stand_in is LowRankConv2d:
+        stand_in = LowRankSeparableConv2d
+    if LowRankTransposedLinear.stands_for(module):
+        stand_in = LowRankTransposedLinear
     if stand_in is not None:
         return stand_in.obstacle(module, form) or stand_in
     if isinstance(module, tuple(_STAND_INS)):

@@ -225,13 +225,25 @@ def depthwise(stand_in: type[LowRankLayer], dense: Any) -> str:
     )
 
 
-def memory_format(weight: Tensor) -> torch.memory_format:
+def norm_obstacle(what: str) -> str:
+    """Why a BatchNorm cannot stand before a map that has a kernel."""
+    return (
+        f"{what} has no BatchNorm between its factors: the second map has a kernel, so that the "
+        "shift of the codes would be no bias at the borders"
+    )
+
+
+def memory_format(*weights: Tensor) -> torch.memory_format:
     """The format of a convolution's weight, which sets that of its output.
 
-    By strides: a 1 x 1 kernel counts as contiguous in either format.
+    By strides: a kernel of size 1 counts as contiguous in either format. Of several weights, the
+    first that is channels-last.
     """
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
-    if last is None or weight.numel() == len(weight):
-        return torch.contiguous_format
-    example = torch.empty(weight.shape, device="meta", memory_format=last)
-    return last if weight.stride() == example.stride() else torch.contiguous_format
+    for weight in weights:
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+        if last is None or weight.numel() == len(weight):
+            continue
+        example = torch.empty(weight.shape, device="meta", memory_format=last)
+        if weight.stride() == example.stride():
+            return last
+    return torch.contiguous_format
