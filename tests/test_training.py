@@ -246,6 +246,7 @@ def test_records_say_what_the_figures_depend_on():
     assert start["versions"]["torch"] == torch.__version__
     assert start["data"] == {
         "name": "planted",
+        "task": "classification",
         "checksum": "0123456789abcdef",
         "images": [STEPS_PER_EPOCH * 32 + 5, 64, 64],
     }

@@ -18,7 +18,7 @@ from rankwise.cli.console import Live, Plain, console
 from rankwise.errors import OptionError, unknown
 from rankwise.methods import METHODS, Factorized
 from rankwise.options import build, option
-from rankwise.training import Recipe, Result, records, train
+from rankwise.training import Recipe, Result, records, setup, train
 from rankwise.training.recipe import read_toml
 
 
@@ -26,7 +26,9 @@ from rankwise.training.recipe import read_toml
 class PlanOptions:
     """What `rankwise plan` needs to build a network."""
 
-    input_shape: tuple[int, ...] | None = option(None, "channels, height, width of an image")
+    input_shape: tuple[int, ...] | None = option(
+        None, "channels, height, width of an image, or tokens of a text"
+    )
     classes: int | None = option(None, "outputs", at_least=1)
 
 
@@ -77,14 +79,15 @@ def plan_command(asked: argparse.Namespace) -> int:
     options = build(PlanOptions, {n: v for n, v in given.items() if n in _names(PlanOptions)})
     method = build(Factorized, {n: v for n, v in given.items() if n in _names(Factorized)})
     shape, classes = options.input_shape, options.classes
-    if shape is None:
-        splits = data.load(asked.data or Recipe().data)
-        shape, classes = tuple(splits.train.images.shape[1:]), classes or len(splits.classes)
-    model = models.build(asked.model, classes=classes or 10, input_shape=shape)
+    if shape is None and asked.data is not None:
+        splits = setup.load_data(dataclasses.replace(Recipe(), data=asked.data))
+        sample, _ = splits.train.take(torch.zeros(1, dtype=torch.int64))
+        shape, classes = tuple(sample.shape[1:]), classes or len(splits.classes)
+    model = models.build(asked.model, classes=classes, input_shape=shape)
     plan = ranks.plan(
         model,
         ranks.as_rule(method.ranks),
-        torch.zeros(1, *shape),
+        models.sample(asked.model, input_shape=shape),
         layers=method.layers,
         exclude=method.exclude,
         keep_first=method.keep_first,

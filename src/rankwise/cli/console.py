@@ -14,6 +14,7 @@ from rankwise.ranks import Plan
 from rankwise.training import Recipe, Result
 from rankwise.training.report import Progress as Position
 from rankwise.training.report import Silent, Switch
+from rankwise.training.task import TASKS, Score
 
 # A pipe has no width of its own, and a table cut at 80 would lose columns there.
 WIDTH_WITHOUT_TERMINAL = 110
@@ -29,16 +30,18 @@ class Plain(Silent):
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self._epochs = 0
+        self._task = "classification"
 
     def start(self, recipe: Recipe, out: Path, facts: Mapping[str, Any]) -> None:
         self._epochs = recipe.epochs
         hardware = facts["hardware"]
-        images = facts["data"]["images"]
+        self._task = facts["data"]["task"]
+        counts = facts["data"][f"{TASKS[self._task].unit}s"]
         again = f", resumed at step {facts['step']}" if facts["event"] == "resume" else ""
         self.say(f"{facts['method']}", style="bold")
         self.say(
-            f"{recipe.model} on {facts['data']['name']} ({images[0]:,} train, {images[1]:,} "
-            f"validation, {images[2]:,} test), seed {recipe.seed}{again}"
+            f"{recipe.model} on {facts['data']['name']} ({counts[0]:,} train, {counts[1]:,} "
+            f"validation, {counts[2]:,} test), seed {recipe.seed}{again}"
         )
         self.say(
             f"{hardware['processor']}, device {hardware['device']}, {hardware['threads']} "
@@ -53,11 +56,11 @@ class Plain(Silent):
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         step_ms = record["step_ms"]
+        score = Score(record["validation_loss"], record["validation_accuracy"])
         self.say(
             f"epoch {record['epoch']:>3}/{self._epochs}  loss {record['loss']:.4f}  "
-            f"validation loss {record['validation_loss']:.4f}  accuracy "
-            f"{record['validation_accuracy']:6.2%}  step {step_ms or 0:.1f} ms  "
-            f"{record['seconds']:.0f} s"
+            f"validation loss {score.loss:.4f}  {TASKS[self._task].describe(score):<15}  "
+            f"step {step_ms or 0:.1f} ms  {record['seconds']:.0f} s"
         )
 
     def switch(self, switch: Switch) -> None:
@@ -67,8 +70,9 @@ class Plain(Silent):
         self.say()
 
     def finish(self, result: Result) -> None:
+        score = Score(result.test_loss, result.test_accuracy)
         self.say(
-            f"test accuracy {result.test_accuracy:.2%} (loss {result.test_loss:.4f}) after "
+            f"test {TASKS[result.task].describe(score)} (loss {result.test_loss:.4f}) after "
             f"{result.epochs} epochs, {result.steps} steps, {result.seconds:.1f} s; parameters "
             f"{result.parameters[0]:,} stored, {result.parameters[1]:,} trainable "
             f"(dense {result.dense_parameters[0]:,})",
@@ -121,7 +125,7 @@ class Live(Plain):
                 TextColumn("step {task.completed}/{task.total}"),
                 TextColumn("loss {task.fields[loss]:.4f}"),
                 TextColumn("lr {task.fields[lr]:.4f}"),
-                TextColumn("{task.fields[rate]:.0f} images/s"),
+                TextColumn("{task.fields[rate]:.0f} {task.fields[unit]}s/s"),
                 TimeRemainingColumn(compact=True),
                 console=console,
                 transient=True,
@@ -147,7 +151,8 @@ def _fields(progress: Position) -> dict[str, Any]:
         "epochs": progress.epochs,
         "loss": progress.loss,
         "lr": progress.lr,
-        "rate": progress.images_per_second,
+        "rate": progress.units_per_second,
+        "unit": progress.unit,
     }
 
 

@@ -131,10 +131,19 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
     parser.add_argument("--model", default=defaults["model"], help="network (default: %(default)s)")
     shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--data", help="data set that gives the shape of an image")
-    shape.add_argument("--input-shape", metavar="C,H,W", help="shape of an image, such as 3,32,32")
+    shape.add_argument(
+        "--data", help="data set that gives shape and classes (default: the model's)"
+    )
+    shape.add_argument(
+        "--input-shape",
+        metavar="C,H,W",
+        help="shape of an image, such as 3,32,32, or tokens of a text, such as 256",
+    )
     parser.add_argument(
-        "--classes", default=None, metavar="N", help="outputs (default: the data's, or 10)"
+        "--classes",
+        default=None,
+        metavar="N",
+        help="outputs or vocabulary (default: the data's, or the model's)",
     )
     group = parser.add_argument_group("which layers, at which rank")
     for flag, metavar, described in (

@@ -6,6 +6,7 @@ import inspect
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from rankwise.ranks import Plan
 from rankwise.training.report import Result
+from rankwise.training.task import TASKS, Score
 
 
 def plain(*columns: str) -> Table:
@@ -72,18 +74,10 @@ def comparison(results: Sequence[Result]) -> RenderableType:
     methods = list(dict.fromkeys(result.method for result in results))
     groups = {name: [r for r in results if r.method == name] for name in methods}
     dense = groups.get("dense")
-    table = _numbers(
-        "method",
-        "test %",
-        "stored\nparam.",
-        "trainable\nparam.",
-        "FLOPs\n/ image",
-        "ms/step\ndense",
-        "ms/step\nlow-rank",
-        "total\ntime",
-    )
+    columns = _columns(results[0].task)
+    table = _numbers("method", *(column.heading for column in columns))
     for name, runs in groups.items():
-        table.add_row(name, *(_cell(column, runs, dense) for column in _COLUMNS), end_section=True)
+        table.add_row(name, *(_cell(column, runs, dense) for column in columns), end_section=True)
     notes = [_conditions(results)]
     if dense is None:
         notes.append("no ratios: dense is not among the methods (--methods dense,...)")
@@ -92,12 +86,58 @@ def comparison(results: Sequence[Result]) -> RenderableType:
     return Group(table, Text("\n".join(notes), style="dim"))
 
 
-Column = tuple[Callable[[Result], float | None], Callable[[Sequence[float]], str]]
+Value = Callable[[Result], float | None]
 
 
-def _accuracy(values: Sequence[float]) -> str:
-    mean = f"{100 * statistics.fmean(values):.2f}"
-    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+@dataclass(frozen=True)
+class Column:
+    """One figure of a run: its heading, how to read and to write it."""
+
+    heading: str
+    value: Value
+    write: Callable[[Sequence[float]], str]
+    dense: Value | None = None  # the figure of the dense run to set it against; None: the same one
+
+
+def _columns(task: str) -> list[Column]:
+    unit = TASKS[task].unit
+    quality = [Column("test %", lambda r: 100 * r.test_accuracy, _spread)]
+    speed: list[Column] = []
+    if task == "language modelling":
+        quality = [
+            Column("test per-\nplexity", lambda r: _test(r).perplexity, _spread),
+            Column("bits\n/ token", lambda r: _test(r).bits, _fine_spread),
+        ]
+        speed = [Column("tokens\n/ s", lambda r: r.units_per_second, _count)]
+    return [
+        *quality,
+        Column("stored\nparam.", lambda r: r.parameters[0], _count),
+        Column("trainable\nparam.", lambda r: r.parameters[1], _count),
+        Column(f"FLOPs\n/ {unit}", lambda r: r.flops, _count),
+        Column("ms/step\ndense", lambda r: r.step_ms_dense, _milliseconds),
+        # A low-rank step is set against the dense one of the dense run.
+        Column(
+            "ms/step\nlow-rank",
+            lambda r: r.step_ms_low_rank,
+            _milliseconds,
+            lambda r: r.step_ms_dense,
+        ),
+        *speed,
+        Column("total\ntime", lambda r: r.seconds, _seconds),
+    ]
+
+
+def _test(result: Result) -> Score:
+    return Score(result.test_loss, result.test_accuracy)
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _fine_spread(values: Sequence[float]) -> str:
+    return _spread(values, 3)
 
 
 def _seconds(values: Sequence[float]) -> str:
@@ -112,32 +152,15 @@ def _count(values: Sequence[float]) -> str:
     return short(statistics.fmean(values))
 
 
-_COLUMNS: tuple[Column, ...] = (
-    (lambda r: r.test_accuracy, _accuracy),
-    (lambda r: r.parameters[0], _count),
-    (lambda r: r.parameters[1], _count),
-    (lambda r: r.flops, _count),
-    (lambda r: r.step_ms_dense, _milliseconds),
-    (lambda r: r.step_ms_low_rank, _milliseconds),
-    (lambda r: r.seconds, _seconds),
-)
-
-
 def _cell(column: Column, runs: Sequence[Result], dense: Sequence[Result] | None) -> str:
-    value, write = column
-    own = [v for r in runs if (v := value(r)) is not None]
+    own = [v for r in runs if (v := column.value(r)) is not None]
     if not own:
         return "–"
-    text = write(own)
-    # A low-rank step is set against the dense one of the dense run.
-    base = [v for r in dense or () if (v := _dense_counterpart(column)(r)) is not None]
+    text = column.write(own)
+    base = [v for r in dense or () if (v := (column.dense or column.value)(r)) is not None]
     if base and runs is not dense:
         text += f"\n{statistics.fmean(own) / statistics.fmean(base):.2f}×"
     return text
-
-
-def _dense_counterpart(column: Column) -> Callable[[Result], float | None]:
-    return _COLUMNS[4][0] if column is _COLUMNS[5] else column[0]
 
 
 def _conditions(results: Sequence[Result]) -> str:

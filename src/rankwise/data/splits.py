@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -91,12 +91,23 @@ class DataSet(Protocol):
 class Split:
     """One part of a data set of images, whole in memory."""
 
-    unit: ClassVar[str] = "image"
-    noun: ClassVar[str] = "image"
-    units: ClassVar[int] = 1
-
     images: Tensor  # (N, C, H, W) float32, each channel normalised by the training part
     labels: Tensor  # (N,) int64
+
+    @property
+    def unit(self) -> str:
+        """An image: it has one label."""
+        return "image"
+
+    @property
+    def noun(self) -> str:
+        """An image."""
+        return "image"
+
+    @property
+    def units(self) -> int:
+        """One."""
+        return 1
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -114,14 +125,17 @@ class Split:
 class Splits:
     """Images in three parts: what trains, what chooses, and what is looked at once, at the end."""
 
-    task: ClassVar[str] = "classification"
-
     name: str
     classes: tuple[str, ...]  # a label is an index into these
     train: Split
     validation: Split
     test: Split
     checksum: str  # first 16 hexadecimal digits of the SHA-256 of the content read
+
+    @property
+    def task(self) -> str:
+        """Classification."""
+        return "classification"
 
 
 def steps_per_epoch(split: Examples, batch_size: int) -> int:

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -41,12 +40,19 @@ class TextSplit:
         shift: where the first window of this pass begins, below T.
     """
 
-    unit: ClassVar[str] = "token"
-    noun: ClassVar[str] = "window"
-
     tokens: Tensor
     context: int
     shift: int = 0
+
+    @property
+    def unit(self) -> str:
+        """A token: every one but the first is predicted."""
+        return "token"
+
+    @property
+    def noun(self) -> str:
+        """A window of tokens."""
+        return "window"
 
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.context)
@@ -73,14 +79,17 @@ class TextSplit:
 class TextSplits:
     """A text in three parts: what trains, what chooses, and what is looked at once, at the end."""
 
-    task: ClassVar[str] = "language modelling"
-
     name: str
     classes: tuple[str, ...]  # the vocabulary: a token is an index into these
     train: TextSplit
     validation: TextSplit
     test: TextSplit
     checksum: str  # first 16 hexadecimal digits of the SHA-256 of the bytes read
+
+    @property
+    def task(self) -> str:
+        """Language modelling."""
+        return "language modelling"
 
 
 def load_text(name: str, *, context: int = 128, level: str = "bytes") -> TextSplits:

@@ -38,7 +38,7 @@ class Journal:
     def start(
         self,
         recipe: Recipe,
-        splits: data.Splits,
+        splits: data.DataSet,
         device: torch.device,
         method: Method,
         saved: checkpoint.Checkpoint | None,
@@ -55,8 +55,12 @@ class Journal:
             "commit": environment.commit(),
             "data": {
                 "name": splits.name,
+                "task": splits.task,
                 "checksum": splits.checksum,
-                "images": [len(s.labels) for s in (splits.train, splits.validation, splits.test)],
+                f"{splits.train.unit}s": [
+                    len(part) * part.units
+                    for part in (splits.train, splits.validation, splits.test)
+                ],
             },
         }
         if self._leads:

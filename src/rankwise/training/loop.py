@@ -1,7 +1,7 @@
 """train: from a recipe to a trained network, its records and its checkpoints.
 
-Read `train` first, from top to bottom; then `Loop.fit` and `Loop._step`. Validation images are
-for looking while training goes on; the test images are read once, by the last weights.
+Read `train` first, from top to bottom; then `Loop.fit` and `Loop._step`. The validation part is
+for looking while training goes on; the test part is read once, by the last weights.
 """
 
 from __future__ import annotations
@@ -9,14 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 import rankwise
@@ -28,9 +25,7 @@ from rankwise.training.interrupt import Interrupted, StopRequest, listen
 from rankwise.training.journal import Journal
 from rankwise.training.recipe import Recipe
 from rankwise.training.report import Progress, Reporter, Result, Silent, Switch
-
-PROBE_IMAGES = 500
-EVALUATION_BATCH = 500
+from rankwise.training.task import TASKS, Score, evaluate, loss_of
 
 
 def train(
@@ -48,7 +43,7 @@ def train(
 
     Raises:
         OptionError: the recipe names something that does not exist, or its folder is taken.
-        CheckpointError: nothing to resume, another recipe or other images than the saved run's,
+        CheckpointError: nothing to resume, another recipe or other data than the saved run's,
             or nothing can be written.
         NonFiniteLossError: the loss left the numbers; earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; the run is saved.
@@ -58,13 +53,13 @@ def train(
     device = distributed.initialize()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    splits = data.load(recipe.data, size=recipe.image_size, progress=(report or Silent()).loading)
+    splits = setup.load_data(recipe, (report or Silent()).loading)
     steps_per_epoch = data.steps_per_epoch(splits.train, recipe.batch_size)
     saved = None if resume is None else setup.load(resume, recipe, splits)
     out = Path(distributed.share(str(saved.path.parent if saved else records.place(recipe))))
     model = setup.build_model(recipe, splits, device)
-    sample = splits.train.images[:1]
-    dense = setup.size(model, sample)
+    sample, _ = splits.train.take(torch.zeros(1, dtype=torch.int64))
+    dense = setup.size(model, sample, splits.train.units)
     optimizer = setup.make_optimizer(recipe, model)
     with Journal(out, report) as journal:
         loop = Loop(recipe, splits, device, journal, began)
@@ -99,7 +94,7 @@ def train(
 
 
 class Loop:
-    """Epochs and steps over the training images, from a position that can be saved."""
+    """Epochs and steps over the training examples, from a position that can be saved."""
 
     run: rankwise.Run
     scheduler: LambdaLR
@@ -107,12 +102,13 @@ class Loop:
     def __init__(
         self,
         recipe: Recipe,
-        splits: data.Splits,
+        splits: data.DataSet,
         device: torch.device,
         journal: Journal,
         began: float,
     ) -> None:
         self.recipe, self.splits, self.device, self.journal = recipe, splits, device, journal
+        self.task = TASKS[splits.task]
         self.steps_per_epoch = data.steps_per_epoch(splits.train, recipe.batch_size)
         self.total = recipe.epochs * self.steps_per_epoch
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
@@ -142,8 +138,8 @@ class Loop:
                 workers=distributed.workers(),
                 start=start,
             )
-            for images, labels in batches:
-                self._step(images, labels)
+            for inputs, targets in batches:
+                self._step(inputs, targets)
                 if self.position % self.steps_per_epoch == 0:
                     break
                 if self.position % self._look_every == 0:
@@ -153,16 +149,14 @@ class Loop:
             self._end_epoch(epoch)
             self._stop_if_asked(stop)
 
-    def _step(self, images: Tensor, labels: Tensor) -> None:
-        images, labels = self._move(images), labels.to(self.device, non_blocking=True)
+    def _step(self, inputs: Tensor, targets: Tensor) -> None:
+        inputs, targets = self._move(inputs), self._move(targets)
         finished = self.run.step
         with self.clock.step():
             self.run.optimizer.zero_grad()
             with self._precision():
-                logits = self.run.model(images)
-                loss = F.cross_entropy(
-                    logits.float(), labels, label_smoothing=self.recipe.label_smoothing
-                )
+                scores = self.run.model(inputs)
+                loss = loss_of(scores, targets, label_smoothing=self.recipe.label_smoothing)
             self.position += 1
             self._unseen.append(loss.detach())
             self.scaler.scale(loss).backward()
@@ -189,7 +183,6 @@ class Loop:
         self.epoch_loss += latest * len(self._unseen)
         self._unseen.clear()
         self._show_switch()
-        step_ms = self.clock.recent(20)
         self.journal.report.step(
             Progress(
                 epoch=epoch + 1,
@@ -198,7 +191,8 @@ class Loop:
                 steps=self.total,
                 loss=latest,
                 lr=float(self.scheduler.get_last_lr()[0]),
-                images_per_second=self.recipe.batch_size / step_ms * 1e3 if step_ms else 0.0,
+                unit=self.task.unit,
+                units_per_second=self._speed(self.clock.recent(20)) or 0.0,
             )
         )
 
@@ -219,16 +213,16 @@ class Loop:
             raise Interrupted(self.journal.out, self.run.step, number)
 
     def _end_epoch(self, epoch: int) -> None:
-        loss, accuracy = self.evaluate(self.splits.validation)
-        if not math.isfinite(loss):
-            raise self._broken(f"the validation loss became {loss} after epoch {epoch + 1}")
+        score = self.evaluate(self.splits.validation)
+        if not math.isfinite(score.loss):
+            raise self._broken(f"the validation loss became {score.loss} after epoch {epoch + 1}")
         record = self.journal.record(
             "epoch",
             epoch=epoch + 1,
             step=self.run.step,
             loss=self.epoch_loss / self.steps_per_epoch,
-            validation_loss=loss,
-            validation_accuracy=accuracy,
+            validation_loss=score.loss,
+            validation_accuracy=score.accuracy,
             lr=float(self.scheduler.get_last_lr()[0]),
             step_ms=self.clock.recent(self.steps_per_epoch),
             seconds=self._elapsed(),
@@ -241,33 +235,18 @@ class Loop:
         else:  # it ended in a switch, which is shown first, when its step time is known
             self._unshown_epoch = record
 
-    @torch.no_grad()
-    def evaluate(self, split: data.Split) -> tuple[float, float]:
-        """Mean loss and accuracy, in eval mode; the model's modes are restored."""
-        model = self.run.bare
-        distributed.broadcast_buffers(model)
-        loss, right = 0.0, 0
-        with _eval_mode(model):
-            pairs = zip(
-                split.images.split(EVALUATION_BATCH),
-                split.labels.split(EVALUATION_BATCH),
-                strict=True,
-            )
-            for images, labels in pairs:
-                labels = labels.to(self.device)
-                with self._precision():
-                    logits = model(self._move(images)).float()
-                loss += F.cross_entropy(logits, labels, reduction="sum").item()
-                right += int((logits.argmax(1) == labels).sum())
-        return loss / len(split.labels), right / len(split.labels)
+    def evaluate(self, split: data.Examples) -> Score:
+        """Loss and accuracy of the run's model; buffers are worker 0's."""
+        distributed.broadcast_buffers(self.run.bare)
+        return self._score(self.run.bare, split)
 
-    @torch.no_grad()
     def probe(self, model: nn.Module) -> float:
-        """Mean loss on the first validation images: what a switch is judged by."""
-        images = self._move(self.splits.validation.images[:PROBE_IMAGES])
-        labels = self.splits.validation.labels[:PROBE_IMAGES].to(self.device)
-        with _eval_mode(model), self._precision():
-            return F.cross_entropy(model(images).float(), labels).item()
+        """Mean loss at the beginning of the validation part: what a switch is judged by."""
+        return self._score(model, self.splits.validation, units=self.task.probe).loss
+
+    def _score(self, model: nn.Module, split: data.Examples, units: int | None = None) -> Score:
+        classes = len(self.splits.classes)
+        return evaluate(model, split, self._move, self._precision, classes=classes, units=units)
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Record what the run reports, and begin a new phase of the clock at a switch."""
@@ -318,31 +297,36 @@ class Loop:
         self.clock.restore(saved.extra["step_times"])
         self.switches = saved.extra["switches"]
         self.began -= saved.extra["seconds"]
-        # The order of images follows from the seed; only layers that draw numbers need this.
+        # The order of examples follows from the seed; only layers that draw numbers need this.
         if distributed.workers() == len(saved.random):
             saved.restore_random()
 
     def finish(self, dense: tuple[tuple[int, int], int]) -> Result:
-        """Finalise the methods, read the test images once, close the records."""
+        """Finalise the methods, read the test part once, close the records."""
         self._show_switch(now=True)
         model = self.run.finish()
-        _, validation_accuracy = self.evaluate(self.splits.validation)
-        test_loss, test_accuracy = self.evaluate(self.splits.test)
-        parameters, flops = setup.size(model, self.splits.train.images[:1])
+        validation = self.evaluate(self.splits.validation)
+        test = self.evaluate(self.splits.test)
+        units = self.splits.train.units
+        sample, _ = self.splits.train.take(torch.zeros(1, dtype=torch.int64))
+        parameters, flops = setup.size(model, sample, units)
         result = Result(
             model=self.recipe.model,
             data=self.splits.name,
             method=self.recipe.method,
             seed=self.recipe.seed,
-            test_accuracy=test_accuracy,
-            test_loss=test_loss,
-            validation_accuracy=validation_accuracy,
+            task=self.splits.task,
+            test_accuracy=test.accuracy,
+            test_loss=test.loss,
+            validation_accuracy=validation.accuracy,
+            validation_loss=validation.loss,
             parameters=parameters,
             dense_parameters=dense[0],
             flops=flops,
             dense_flops=dense[1],
             step_ms_dense=self.clock.median(0),
             step_ms_low_rank=self.clock.median(-1) if len(self.clock.phases) > 1 else None,
+            units_per_second=self._speed(self.clock.median(-1)),
             seconds=self._elapsed(),
             epochs=self.recipe.epochs,
             steps=self.run.step,
@@ -356,21 +340,17 @@ class Loop:
     def _elapsed(self) -> float:
         return time.perf_counter() - self.began
 
-    def _move(self, images: Tensor) -> Tensor:
-        layout = torch.channels_last if self.recipe.channels_last else torch.preserve_format
-        return images.to(self.device, non_blocking=True, memory_format=layout)
+    def _speed(self, step_ms: float | None) -> float | None:
+        """Images or tokens per second of the training step alone."""
+        if step_ms is None:
+            return None
+        return self.recipe.batch_size * self.splits.train.units / step_ms * 1e3
+
+    def _move(self, part: Tensor) -> Tensor:
+        images = self.recipe.channels_last and part.dim() == 4
+        layout = torch.channels_last if images else torch.preserve_format
+        return part.to(self.device, non_blocking=True, memory_format=layout)
 
     def _precision(self) -> torch.autocast:
         dtype = torch.float16 if self.recipe.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.recipe.amp != "none")
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -28,7 +28,7 @@ def _method_options(value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A training run: network, images, low-rank method and everything the loop needs to know.
+    """A training run: network, data, low-rank method and everything the loop needs to know.
 
     The defaults are a complete recipe, the one that `make run` shows.
 
@@ -38,17 +38,24 @@ class Recipe:
     """
 
     model: str = option("resnet-small", "network; `rankwise models` lists them")
-    data: str = option("mnist-5k", "images: `rankwise data` lists them; folder:PATH for your own")
+    data: str = option(
+        "mnist-5k",
+        "images or text: `rankwise data` lists them; folder:PATH, text:PATH for your own",
+    )
     image_size: int | None = option(
         None, "side in pixels that images are scaled to (none: as they are)", at_least=1
     )
+    context: int = option(128, "tokens in a window of text", at_least=1)
+    tokens: str = option("bytes", "what a text is read as", choices=("bytes", "characters"))
     method: str = option("pufferfish", "low-rank method; `rankwise methods` lists them")
     method_options: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={"help": "options of the method", "parse": _method_options},
     )
-    epochs: int = option(6, "passes over the training images", at_least=1)
-    batch_size: int = option(64, "images per optimizer step, over all workers", at_least=1)
+    epochs: int = option(6, "passes over the training data", at_least=1)
+    batch_size: int = option(
+        64, "windows of text or images per optimizer step, over all workers", at_least=1
+    )
     optimizer: str = option("sgd", "rule of the update", choices=("sgd", "adam", "adamw"))
     lr: float = option(0.05, "learning rate at its highest", above=0)
     momentum: float = option(0.9, "momentum of sgd; Adam's beta1 is 0.9", at_least=0, at_most=1)
@@ -65,7 +72,7 @@ class Recipe:
         0.0, "share of the target for all classes", at_least=0, at_most=1
     )
     clip_norm: float | None = option(None, "limit of the gradients' joint norm", above=0)
-    seed: int = option(0, "of the initial weights and the order of images", at_least=0)
+    seed: int = option(0, "of the initial weights and the order of batches", at_least=0)
     out: str | None = option(
         None, "folder of records and checkpoints (none: runs/MODEL-METHOD-SEED, numbered)"
     )

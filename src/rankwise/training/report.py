@@ -23,7 +23,8 @@ class Progress:
     steps: int
     loss: float
     lr: float
-    images_per_second: float
+    unit: str  # image, token
+    units_per_second: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,10 @@ class Result:
     """The outcome of a run.
 
     `parameters` are those of the final network, `dense_parameters` those of the network as the
-    recipe names it: stored, and of them trainable. FLOPs are per image, forward. Step times are
-    medians in ms of the training step alone: as a dense network, and as a low-rank one.
+    recipe names it: stored, and of them trainable. FLOPs are per unit (image or token), forward,
+    losses are means over units, in nats; accuracy is the share of right predictions. Step times
+    are medians in ms of the training step alone: as a dense network, and as a low-rank one; speed
+    is that of the last form.
     """
 
     model: str
@@ -63,12 +66,17 @@ class Result:
     steps: int
     switches: tuple[Mapping[str, Any], ...]
     out: str
+    # Records of earlier versions have none of these.
+    task: str = "classification"
+    validation_loss: float | None = None
+    units_per_second: float | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Result:
         """Read the `finish` line of a run's records."""
         names = [field.name for field in dataclasses.fields(cls)]
-        values = {name: record[name] for name in names}
+        optional = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+        values = {name: record[name] for name in names if name in record or name not in optional}
         for name in ("parameters", "dense_parameters", "switches"):
             values[name] = tuple(values[name])
         return cls(**values)
@@ -78,7 +86,7 @@ class Reporter(Protocol):
     """Whoever shows a run; worker 0 alone calls it."""
 
     def loading(self, done: int, total: int) -> None:
-        """So many of the data set's images are read."""
+        """So many of a folder's images are read."""
         ...
 
     def start(self, recipe: Recipe, out: Path, facts: Mapping[str, Any]) -> None:

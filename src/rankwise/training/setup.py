@@ -28,10 +28,34 @@ def build_method(recipe: Recipe) -> Method:
     return build(METHODS[recipe.method], recipe.method_options)
 
 
-def build_model(recipe: Recipe, splits: data.Splits, device: torch.device) -> nn.Module:
-    """The recipe's dense network, its weights drawn from the recipe's seed."""
+def load_data(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> data.DataSet:
+    """The recipe's images or text.
+
+    Raises:
+        OptionError: an unknown name, or options that the data cannot have.
+        DataError: the data are missing or malformed.
+    """
+    if data.is_text(recipe.data):
+        return data.load_text(recipe.data, context=recipe.context, level=recipe.tokens)
+    return data.load(recipe.data, size=recipe.image_size, progress=progress)
+
+
+def build_model(recipe: Recipe, splits: data.DataSet, device: torch.device) -> nn.Module:
+    """The recipe's dense network, its weights drawn from the recipe's seed.
+
+    Raises:
+        OptionError: an unknown network, or one for another task than that of the data.
+    """
+    suited = [name for name, entry in models.MODELS.items() if entry.task == splits.task]
+    if recipe.model in models.MODELS and recipe.model not in suited:
+        raise OptionError(
+            f"{recipe.model} is a network for {models.MODELS[recipe.model].task}, but "
+            f"{recipe.data} is data for {splits.task}; choose another --data, or a --model among "
+            f"{', '.join(suited)}"
+        )
     torch.manual_seed(recipe.seed)
-    shape = tuple(splits.train.images.shape[1:])
+    sample, _ = splits.train.take(torch.zeros(1, dtype=torch.int64))
+    shape = tuple(sample.shape[1:])
     model = models.build(recipe.model, classes=len(splits.classes), input_shape=shape)
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     return model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
@@ -60,17 +84,17 @@ def wrapper(recipe: Recipe) -> Callable[[nn.Module], nn.Module] | None:
     return lambda model: distributed.wrap(model, compile=recipe.compile)
 
 
-def size(model: nn.Module, sample: Tensor) -> tuple[tuple[int, int], int]:
-    """Parameters (stored, trainable) and forward FLOPs of the sample."""
+def size(model: nn.Module, sample: Tensor, units: int) -> tuple[tuple[int, int], int]:
+    """Parameters (stored, trainable) and forward FLOPs of one unit of the sample."""
     count = accounting.parameters(model)
-    return (count.stored, count.trainable), accounting.flops(model, sample)
+    return (count.stored, count.trainable), accounting.flops(model, sample) // units
 
 
-def load(resume: str | Path, recipe: Recipe, splits: data.Splits) -> checkpoint.Checkpoint:
-    """Read a checkpoint that this recipe and these images can go on from.
+def load(resume: str | Path, recipe: Recipe, splits: data.DataSet) -> checkpoint.Checkpoint:
+    """Read a checkpoint that this recipe and these data can go on from.
 
     Raises:
-        CheckpointError: it cannot be read, or is of another recipe or other images.
+        CheckpointError: it cannot be read, or is of another recipe or other data.
     """
     saved = checkpoint.load(resume)
     if not isinstance(saved.extra.get("recipe"), Mapping):
@@ -87,7 +111,7 @@ def load(resume: str | Path, recipe: Recipe, splits: data.Splits) -> checkpoint.
         )
     if saved.extra["checksum"] != splits.checksum:
         raise CheckpointError(
-            f"{saved.path} was trained on other images: {splits.name} has the checksum "
-            f"{splits.checksum}, then it was {saved.extra['checksum']}"
+            f"{saved.path} was trained on other {splits.train.unit}s: {splits.name} has the "
+            f"checksum {splits.checksum}, then it was {saved.extra['checksum']}"
         )
     return saved
