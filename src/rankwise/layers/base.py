@@ -85,6 +85,11 @@ class LowRankLayer(nn.Module, ABC):
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the dense weight: (O, I), (O, I / groups, K, K), ..."""
 
+    @property
+    def fan_in(self) -> int:
+        """How many inputs an output of the dense layer sums, as torch's initialisation counts."""
+        return math.prod(self.weight_shape[1:])
+
     @classmethod
     def obstacle(cls, dense: Any, form: Form) -> str:
         """Why this class cannot stand for a dense layer in a form, or empty."""
@@ -265,7 +270,7 @@ class LowRankLayer(nn.Module, ABC):
         That is 1 / (3 F) with the fan-in F (I of a linear layer) at every rank. The bias is drawn
         like the dense layer's, within 1 / sqrt(F).
         """
-        fan_in, count = math.prod(self.weight_shape[1:]), len(self.parts)
+        fan_in, count = self.fan_in, len(self.parts)
         # An entry of the product is a sum over every inner index: R terms, R^2 with a core.
         std = (1 / (3 * fan_in) / self.rank ** (count - 1)) ** (1 / (2 * count))
         for part in reversed(self.parts):

@@ -83,9 +83,9 @@ def _positive(values: Tensor, what: str) -> Tensor:
 
 def _loralinear(layer: Any, dense: Any, matrix: Tensor, source: torch.Generator) -> Factors:
     with torch.no_grad():
-        if dense.bias is not None:
-            bound = math.prod(layer.weight_shape[1:]) ** -0.5
-            dense.bias.copy_(_uniform(dense.bias.shape, bound, source))
+        bias = getattr(dense, "bias", None)
+        if bias is not None:
+            bias.copy_(_uniform(bias.shape, layer.fan_in**-0.5, source))
     bound = layer.rank**-0.5
     shapes = {p: layer.to_factor(p, getattr(layer, p).weight).shape for p in layer.parts}
     return tuple(_uniform(shape, bound, source) for shape in shapes.values())
