@@ -32,5 +32,5 @@ class EventLog:
         if plan is None or plan is self._announced:
             return
         self._announced = plan
-        layers = [dict(vars(layer)) for layer in plan.layers]
+        layers = [layer.as_dict() for layer in plan.layers]
         self.record({"event": "plan", "step": step, "summary": plan.summary(), "layers": layers})

@@ -44,7 +44,8 @@ def test_the_lines_of_the_plan_add_up_to_the_models_flops_before_and_after() -> 
     lines = {line.name: line.flops for line in decided.layers}
     assert sum(pair[0] for pair in lines.values() if pair) == decided.flops[0]
     assert lines["unused"] is None  # not called
-    assert lines["position"] is None  # a look-up
+    assert lines["position"] == (0, 2 * 64 * 4 * 16)  # a look-up, then R = 4 to 16 for 64 tokens
+    assert plan(model, 4, x, layers="body").layers[4].flops is None  # a look-up that stays one
     factorize(model, decided)
     assert decided.flops[1] == accounting.flops(model, x)
     assert decided.parameters[1] == accounting.parameters(model).stored
@@ -69,7 +70,7 @@ def test_the_printed_table_names_every_layer_its_rank_or_its_reason() -> None:
     assert "4,608 -> 1,408  " in lines["body"]  # 8 x (144 + 32)
     assert "0.31" in lines["body"]
     assert "would not make it smaller (break-even" in lines["fc"]
-    assert "grouped convolution (4 groups)" in lines["grouped"]
+    assert "4 of 4×36" in lines["grouped"]
     assert "not selected" in lines["down"]
     assert decided.summary() in text
     assert "1 of 7 layers low-rank" in decided.summary()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rankwise.ranks.budget import Budget
-from rankwise.ranks.plan import LayerPlan, Plan, factorize, plan
+from rankwise.ranks.plan import LayerPlan, Plan
+from rankwise.ranks.planning import factorize, plan
 from rankwise.ranks.registry import RULES, as_rule
 from rankwise.ranks.rules import Fixed, Ratio, Rule
 from rankwise.ranks.shape import MatrixShape

@@ -333,6 +333,28 @@ class Ratio(Rule):
         return {name: b.fit(self.ratio * b.full) for name, b in asked.bounds.items()}
 
 
+@dataclass(frozen=True, repr=False)
+class Later(Rule):
+    """Leaves the layers open that another rule is to decide: for a plan before its time.
+
+    Args:
+        rule: the rule that will be asked.
+        when: at which moment, in words.
+    """
+
+    name: ClassVar[str] = "later"
+    rule: Rule
+    when: str
+
+    @property
+    def reason(self) -> str:
+        """What the plan says of every such layer."""
+        return f"rank by {self.rule!r} from the weights {self.when}"
+
+    def ranks(self, asked: Question) -> Mapping[str, int | Decision]:
+        return {name: Decision(None, self.reason) for name in asked.shapes}
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number, and no switch."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
