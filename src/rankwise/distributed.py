@@ -85,13 +85,14 @@ def shutdown() -> None:
 def wrap(model: nn.Module, *, compile: bool = False) -> nn.Module:
     """The model under DistributedDataParallel when there are several workers, then compiled.
 
-    A model without trainable parameters is not put under DDP, which would refuse it.
+    A model without trainable parameters that DDP is to reduce is not put under it: it would refuse.
 
     Args:
         model: a bare model, already on this worker's device.
         compile: apply torch.compile, outermost.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))  # projected gradients
+    trained = [p for n, p in model.named_parameters() if p.requires_grad and n not in ignored]
     if workers() > 1 and trained:
         devices = {p.device for p in trained}
         # DDP wants no device_ids for a CPU model or one spread over several devices.

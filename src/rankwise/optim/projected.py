@@ -1,0 +1,265 @@
+"""Low-rank gradients around any optimizer: one engine, of which the methods are choices.
+
+The optimizer steps a proxy of the projected shape for every matrix. Gradients are projected as
+backward produces them; what a proxy has become after the step is lifted and added to the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from rankwise import distributed
+from rankwise.errors import LifeCycleError, OptionError
+from rankwise.method import Change, Context, Successors
+from rankwise.optim.choices import Choices
+from rankwise.optim.low_rank_grad import LowRankGrad
+from rankwise.optim.matrix import ProjectedMatrix
+from rankwise.optim.reduction import WorkerMean
+from rankwise.optim.refresh import Bases
+from rankwise.optim.rounding import compensated_, stochastic_
+from rankwise.optim.updates import Step
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class ProjectedGradients:
+    """Projects gradients, keeps bases, and lifts what the optimizer made of the proxies.
+
+    Args:
+        model: the bare model.
+        weights: name -> parameter to project.
+        choices: the method.
+        context: of the run, for options and state of the optimizer.
+
+    Attributes:
+        matrices: name -> the projected matrix, in the order of `weights`.
+        bases: when and how their bases are renewed.
+        mean: how gradients are averaged over data-parallel workers; None for one worker.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Parameter],
+        choices: Choices,
+        context: Context,
+    ) -> None:
+        self.choices, self.context = choices, context
+        self.bases = Bases(choices, context)
+        self.matrices = {
+            name: ProjectedMatrix(
+                self.bases, name, weight, choices.rank_of(weight), _side(choices, weight)
+            )
+            for name, weight in weights.items()
+        }
+        self.bases.turns = {name: i for i, name in enumerate(weights)}
+        self._moved: list[tuple[ProjectedMatrix, LowRankGrad, Tensor | None]] = []
+        self._checked = False
+        self.mean: WorkerMean | None = None
+        for matrix in self.matrices.values():
+            matrix.watch()
+        whole = {n: w for n, w in weights.items() if not hasattr(w, "device_mesh")}
+        if distributed.workers() > 1 and whole:
+            self.mean = WorkerMean(model, whole, self._held_tensors)
+
+    def _held_tensors(self) -> Iterable[Tensor]:
+        for matrix in self.matrices.values():
+            held = matrix.held()
+            if held is not None and not hasattr(matrix.weight, "device_mesh"):
+                held.settle()
+                held.seen = None
+                yield from held.parts()
+
+    # ------------------------------------------------------------------ the life cycle
+
+    def begin(self) -> Change:
+        """The proxies take the weights' places in the optimizer; the model keeps the weights."""
+        pairs = [(m.weight, m.proxy) for m in self.matrices.values()]
+        return Change(
+            added={w: Successors((p,)) for w, p in pairs}, frozen=tuple(w for w, _ in pairs)
+        )
+
+    def parameter_names(self) -> dict[Parameter, str]:
+        """The proxies, named after their weights."""
+        return {m.proxy: f"{name}.projected" for name, m in self.matrices.items()}
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Gradients are accumulated and clipped: what every form of update needs first."""
+        self._check_membership()
+        self._moved = []
+        for matrix in self.matrices.values():
+            held = matrix.held()
+            if held is None:
+                continue
+            small = held.look()
+            held.settle()
+            self._add_coupled_decay(matrix, held, small)
+            gram = None if held.sketch is None else self.bases.gram(matrix)
+            self.choices.update.begin(self.bases, matrix, held)
+            self._moved.append((matrix, held, gram))
+
+    def _add_coupled_decay(self, matrix: ProjectedMatrix, held: LowRankGrad, small: Tensor) -> None:
+        group = self.bases.options(matrix)
+        decay = group.get("weight_decay") or 0.0
+        if not decay or self.bases.decoupled(matrix):
+            return
+        # The proxy is zero, so the optimizer's own decay would see no weight.
+        decay = -decay if group.get("maximize") else decay
+        weight = matrix.local(matrix.weight)
+        matrix.project_into(small, weight, decay)
+        if held.full is not None:
+            held.full.add_(weight, alpha=decay)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Lift what the proxies have become into the weights, and put them back to zero."""
+        for matrix, held, gram in self._moved:
+            self._apply(matrix, held)
+            if gram is not None and held.sketch is not None:
+                self.bases.track(matrix, held.sketch, gram)
+            held.full = held.sketch = held.seen = None
+        if self._moved:
+            torch._foreach_zero_(  # pyright: ignore[reportPrivateImportUsage]
+                [matrix.proxy.data for matrix, _, _ in self._moved]
+            )
+        self._moved = []
+        self.bases.step = step
+        self._report()
+
+    def finalize(self) -> Change:
+        """The weights take their places in the optimizer again; nothing watches gradients."""
+        if self.mean is not None:
+            self.mean.release()
+        pairs = [(m.weight, m.proxy) for m in self.matrices.values()]
+        for matrix in self.matrices.values():
+            matrix.release()
+        return Change(
+            added={p: Successors((w,)) for w, p in pairs}, frozen=tuple(p for _, p in pairs)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Bases and counters of every matrix."""
+        return {
+            "step": self.bases.step,
+            "matrices": {name: m.state_dict() for name, m in self.matrices.items()},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            LifeCycleError: it is of other matrices.
+        """
+        saved = state_dict["matrices"]
+        if saved.keys() != self.matrices.keys():
+            other = sorted(saved.keys() ^ self.matrices.keys())
+            raise LifeCycleError(
+                f"the saved run projected other matrices: {other[0]} is in one of them alone; "
+                "resume with the layers and exclude of the saved run"
+            )
+        self.bases.step = int(state_dict["step"])
+        for name, matrix in self.matrices.items():
+            matrix.load_state_dict(saved[name])
+
+    # ------------------------------------------------------------------ the optimizer's side
+
+    def _check_membership(self) -> None:
+        """Weights that this optimizer does not hold are none of ours: another may step them."""
+        if self._checked:
+            return
+        self._checked = True
+        outside = [name for name, m in self.matrices.items() if not self.bases.options(m)]
+        if len(outside) == len(self.matrices):
+            raise LifeCycleError(
+                f"the optimizer holds none of the {len(outside)} selected matrices, {outside[0]} "
+                "among them; select layers that it trains"
+            )
+        for name in outside:
+            self.matrices.pop(name).release()
+
+    def _report(self) -> None:
+        """Say which matrices have begun to keep their old basis for want of a fit gradient."""
+        if not self.bases.failing:
+            return
+        self.context.report(
+            {
+                "event": "basis kept",
+                "step": self.bases.step,
+                "matrices": len(self.bases.failing),
+                "first": self.bases.failing[0],
+                "failures": sum(m.failures for m in self.matrices.values()),
+                "reason": "gradient zero or not finite, or its decomposition failed",
+            }
+        )
+        self.bases.failing.clear()
+
+    # ------------------------------------------------------------------ the weights
+
+    def _apply(self, matrix: ProjectedMatrix, held: LowRankGrad) -> None:
+        group, weight = self.bases.options(matrix), matrix.local(matrix.weight.data)
+        rate = self.bases.learning_rate(matrix)
+        decay = float(group.get("weight_decay") or 0.0) if self.bases.decoupled(matrix) else 0.0
+        exact = self.choices.rounding != "nearest" and weight.dtype in _HALF
+        in_place = not exact and (weight.dim() == 2 or weight.is_contiguous())
+        target = weight.flatten(1) if in_place else weight.flatten(1).clone()
+        if exact:
+            target = target.float()
+            lost = matrix.memory.get("lost")
+            if lost is not None:
+                target.add_(lost)
+        self.choices.update.apply(
+            Step(
+                matrix=matrix,
+                held=held,
+                target=target,
+                keep=1 - rate * decay,
+                scale=self.choices.scale * _shape_gain(group, matrix),
+                rate=rate,
+                sign=-1.0 if group.get("maximize") else 1.0,
+            )
+        )
+        if not in_place:
+            self._write(matrix, weight, target.view(weight.shape), exact)
+
+    def _write(self, matrix: ProjectedMatrix, weight: Tensor, target: Tensor, exact: bool) -> None:
+        if not exact:
+            weight.copy_(target)
+        elif self.choices.rounding == "stochastic":
+            stochastic_(weight, target, self.context.generator(self.bases.step + 1, matrix.name))
+        else:
+            lost = matrix.memory.setdefault(
+                "lost", torch.zeros_like(target, dtype=weight.dtype).flatten(1)
+            )
+            compensated_(weight, target, lost.view(target.shape))
+
+
+def _side(choices: Choices, weight: Parameter) -> str:
+    if not hasattr(weight, "device_mesh"):
+        return choices.side
+    if choices.side not in ("short", "right") or choices.basis == "svd":
+        raise OptionError(
+            f"side={choices.side!r} with basis={choices.basis!r} needs whole gradients, but the "
+            "weights are sharded by rows; take side='right' and basis='power'"
+        )
+    return "right"  # rows are local: R_i = G_i Q needs no communication
+
+
+def _shape_gain(group: Mapping[str, Any], matrix: ProjectedMatrix) -> float:
+    """Muon's factor on the rate for W's shape, over the one it used for the proxy's."""
+    if "ns_steps" not in group:
+        return 1.0
+    kind = group.get("adjust_lr_fn")
+
+    def factor(rows: int, columns: int) -> float:
+        if kind == "match_rms_adamw":
+            return 0.2 * max(rows, columns) ** 0.5
+        return max(1.0, rows / columns) ** 0.5
+
+    rows, columns = matrix.proxy.shape
+    return factor(*matrix.shape) / factor(rows, columns)

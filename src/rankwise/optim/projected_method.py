@@ -1,0 +1,74 @@
+"""The hooks that all methods of projected gradients share; each says its `choices`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn import Parameter
+
+from rankwise.errors import LifeCycleError
+from rankwise.method import NO_CHANGE, Change, Method
+from rankwise.optim.matrices import select_matrices
+from rankwise.optim.projected import ProjectedGradients
+
+M = TypeVar("M", bound=type[Method])
+
+PROVIDES = frozenset({"low-rank gradients"})
+CONFLICTS: Mapping[str, str] = {
+    "low-rank weights": "a switch takes away the weights whose gradients are projected, and the "
+    "optimizer holds proxies of them, whose moments no factor can take over",
+    "low-rank gradients": "both project the gradients of the same weights",
+}
+
+
+def projected(cls: M) -> M:
+    """Give a method the hooks of the engine; it keeps its options and `choices()`.
+
+    The class has the fields `layers` and `exclude` and a method `choices() -> Choices`. While a
+    run is under way, `engine` is the `ProjectedGradients` that serves it.
+    """
+
+    def prepare(self: Any, model: nn.Module) -> Change:
+        """Choose the weights, watch their gradients, and put proxies into the optimizer."""
+        choices = self.choices()
+        weights = select_matrices(
+            model, choices.rank_of, self.layers, self.exclude, trace=self.context.trace
+        )
+        self.engine = ProjectedGradients(model, weights, choices, self.context)
+        return self.engine.begin()
+
+    def before_step(self: Any, model: nn.Module, step: int) -> None:
+        """Everything that must precede the optimizer's step on the proxies."""
+        self.engine.before_step()
+
+    def after_step(self: Any, model: nn.Module, step: int) -> Change:
+        """Lift the proxies into the weights."""
+        self.engine.after_step(step)
+        return NO_CHANGE
+
+    def finalize(self: Any, model: nn.Module) -> Change:
+        """The optimizer gets the weights back."""
+        return self.engine.finalize()
+
+    def parameter_names(self: Any, model: nn.Module) -> Mapping[Parameter, str]:
+        """The proxies, by the names of their weights."""
+        engine: ProjectedGradients | None = getattr(self, "engine", None)
+        return {} if engine is None else engine.parameter_names()
+
+    def state_dict(self: Any) -> dict[str, Any]:
+        """Bases and counters."""
+        return self.engine.state_dict()
+
+    def load_state_dict(self: Any, state_dict: Mapping[str, Any]) -> None:
+        """Go on from saved bases and counters."""
+        if not state_dict:
+            raise LifeCycleError("the checkpoint holds no bases; it was written by another method")
+        self.engine.load_state_dict(state_dict)
+
+    hooks = (prepare, before_step, after_step, finalize, parameter_names, state_dict)
+    for hook in (*hooks, load_state_dict):
+        setattr(cls, hook.__name__, hook)
+    setattr(cls, "resume", prepare)  # noqa: B010
+    return cls
