@@ -70,8 +70,6 @@ def low_rank_class(module: nn.Module, form: Form | None = None) -> type[LowRankL
     """
     form = form or Form()
     stand_in = _STAND_INS.get(type(module))
-    if getattr(module, "groups", 1) != 1:
-        return f"grouped convolution ({module.groups} groups)"
     if form.separable and stand_in is LowRankConv2d:
         stand_in = LowRankSeparableConv2d
     if LowRankTransposedLinear.stands_for(module):

@@ -128,7 +128,9 @@ class LowRankConv(LowRankLayer):
     def forward(self, x: Tensor) -> Tensor:
         codes = self.v(x)
         if self.norm is not None:
-            codes = self.norm(codes)
+            # An input without batch would pass for one without channels.
+            batched = codes.dim() == self.dimensions + 2
+            codes = self.norm(codes) if batched else self.norm(codes.unsqueeze(0)).squeeze(0)
         if self.core is not None:
             codes = self.core(codes)
         return self.u(codes)
