@@ -120,17 +120,19 @@ class Options:
     """What the optimizer's groups say of a parameter, looked up in a table that follows changes."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer, self._groups = optimizer, optimizer.param_groups
+        self._optimizer = optimizer
+        self._groups: list[dict[str, Any]] = []
         self._decoupled = _always_decoupled(optimizer)
         self._home: dict[Parameter, dict[str, Any]] = {}
         self._count = -1
 
     def group(self, parameter: Parameter) -> dict[str, Any] | None:
         """The parameter's own group; None if the optimizer does not hold it."""
-        count = sum(len(group["params"]) for group in self._groups)
-        if count != self._count or parameter not in self._home:
-            self._home = {p: group for group in self._groups for p in group["params"]}
-            self._count = count
+        groups = self._optimizer.param_groups  # load_state_dict makes new ones
+        count = sum(len(group["params"]) for group in groups)
+        if groups is not self._groups or count != self._count or parameter not in self._home:
+            self._home = {p: group for group in groups for p in group["params"]}
+            self._groups, self._count = groups, count
         return self._home.get(parameter)
 
     def origin(self, parameter: Parameter) -> dict[str, Any] | None:
