@@ -48,6 +48,7 @@ class GaLore(Method):
 
     def __post_init__(self) -> None:
         validate(self)
+        self.choices()
 
     def choices(self) -> Choices:
         """The engine's settings."""

@@ -64,6 +64,9 @@ class Choices:
     bits: int | None = None
     rounding: str = "nearest"
 
+    def __post_init__(self) -> None:
+        as_rank(self.rank)
+
     def rank_of(self, weight: Tensor) -> int:
         """The rank of one matrix, at least 1."""
         short = min(weight.shape[0], weight.numel() // weight.shape[0])

@@ -1,0 +1,57 @@
+"""Dion: distributed orthonormalised updates (Ahn et al., 2504.05295).
+
+When: every step the basis moves by one power step.
+Where: the weight matrices of all layers but embeddings and the classifier.
+How many ranks: a quarter of the short side.
+Action: of the momentum B = M + G, P = orth(B Z), R = B^T P, M <- B - (1 - mu) P R^T, Z <- R with
+columns of norm 1; W <- W - lr sqrt(rows / columns) P Z^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rankwise.method import Method
+from rankwise.optim.choices import Choices, as_rank
+from rankwise.optim.projected_method import CONFLICTS, PROVIDES, projected
+from rankwise.optim.rounding import ROUNDINGS
+from rankwise.optim.updates import OrthonormalUpdate
+from rankwise.options import option, validate
+
+
+@projected
+@dataclass
+class Dion(Method):
+    """Orthonormal updates of low rank from a momentum with error feedback.
+
+    The momentum takes the memory of a dense gradient. Give it plain SGD, without momentum, for
+    the published rule; any other optimizer steps Z as if it were the gradient.
+    """
+
+    provides: ClassVar[frozenset[str]] = PROVIDES
+    conflicts: ClassVar[Mapping[str, str]] = CONFLICTS
+
+    rank: float = option(
+        0.25, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank
+    )
+    mu: float = option(0.95, "decay of the momentum in the subspace", at_least=0, at_most=1)
+    scale: float = option(1.0, "factor on the update", above=0)
+    rounding: str = option("nearest", "of half-precision weights", choices=ROUNDINGS)
+    layers: Any = option("auto", "which weights: auto, or globs over names, comma between")
+    exclude: Any = option((), "globs over names that are trained unprojected")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        self.choices()
+
+    def choices(self) -> Choices:
+        """The engine's settings."""
+        return Choices(
+            rank=self.rank,
+            every=0,
+            scale=self.scale,
+            update=OrthonormalUpdate(self.mu),
+            rounding=self.rounding,
+        )

@@ -1,0 +1,54 @@
+"""LDAdam: Adam from low-dimensional gradient statistics (Robert et al., 2410.16103).
+
+When: every step the basis moves by one power step, and the moments turn with it.
+Where: the weight matrices of all layers but embeddings and the classifier.
+How many ranks: one for all, as in GaLore.
+Action: the optimizer steps the projection of A = G + E; E, what the projection and the turn of the
+first moment lost, is added to the next gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rankwise.method import Method
+from rankwise.optim.choices import Choices, as_rank
+from rankwise.optim.projected_method import CONFLICTS, PROVIDES, projected
+from rankwise.optim.rounding import ROUNDINGS
+from rankwise.optim.updates import ErrorFeedback
+from rankwise.options import option, validate
+
+
+@projected
+@dataclass
+class LDAdam(Method):
+    """A new basis every step, with error feedback; errors take the memory of a dense gradient."""
+
+    provides: ClassVar[frozenset[str]] = PROVIDES
+    conflicts: ClassVar[Mapping[str, str]] = CONFLICTS
+
+    rank: float = option(
+        128, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank
+    )
+    rho: float = option(0.908, "weight of the momentum in the basis", at_least=0, at_most=1)
+    scale: float = option(1.0, "factor on the update", above=0)
+    rounding: str = option("nearest", "of half-precision weights", choices=ROUNDINGS)
+    layers: Any = option("auto", "which weights: auto, or globs over names, comma between")
+    exclude: Any = option((), "globs over names that are trained unprojected")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        self.choices()
+
+    def choices(self) -> Choices:
+        """The engine's settings."""
+        return Choices(
+            rank=self.rank,
+            every=0,
+            moments="rotate",
+            scale=self.scale,
+            update=ErrorFeedback(self.rho),
+            rounding=self.rounding,
+        )

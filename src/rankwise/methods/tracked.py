@@ -1,0 +1,56 @@
+"""Tracked subspace: GaLore whose basis moves a little every step (not published).
+
+When: every step.
+Where: the weight matrices of all layers but embeddings and the classifier.
+How many ranks: one for all, as in GaLore.
+Action: one power step on A = rho M P^T + (1 - rho) G with the optimizer's first moment M as left
+factor, linear in G, so that it adds up over micro-batches and workers; moments turn with the basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rankwise.method import Method
+from rankwise.optim.choices import Choices, as_rank
+from rankwise.optim.projected_method import CONFLICTS, PROVIDES, projected
+from rankwise.optim.rounding import ROUNDINGS
+from rankwise.optim.updates import LIFT, ChannelResidual
+from rankwise.options import option, validate
+
+
+@projected
+@dataclass
+class Tracked(Method):
+    """GaLore with a basis that follows the momentum; needs an optimizer with a first moment."""
+
+    provides: ClassVar[frozenset[str]] = PROVIDES
+    conflicts: ClassVar[Mapping[str, str]] = CONFLICTS
+
+    rank: float = option(
+        128, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank
+    )
+    rho: float = option(0.9, "weight of the past in the basis", at_least=0, at_most=1)
+    scale: float = option(0.25, "factor on the update", above=0)
+    residual: bool = option(False, "Fira's residual too; keeps the dense gradient until the step")
+    rounding: str = option("nearest", "of half-precision weights", choices=ROUNDINGS)
+    layers: Any = option("auto", "which weights: auto, or globs over names, comma between")
+    exclude: Any = option((), "globs over names that are trained unprojected")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        self.choices()
+
+    def choices(self) -> Choices:
+        """The engine's settings."""
+        return Choices(
+            rank=self.rank,
+            every=0,
+            moments="rotate",
+            scale=self.scale,
+            update=ChannelResidual() if self.residual else LIFT,
+            track=self.rho,
+            rounding=self.rounding,
+        )
