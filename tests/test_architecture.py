@@ -18,7 +18,7 @@ LAYERS = (
     ("models", "data", "accounting"),
     ("method", "linalg", "handle", "distributed"),
     ("layers",),
-    ("surgery", "selection", "ranks", "optim", "followers"),
+    ("candidates", "surgery", "structure", "selection", "ranks", "optim", "followers"),
     ("methods",),
     (
         "run",

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from rankwise import checkpoint, storage
 from rankwise.errors import CheckpointError
 from rankwise.layers import LowRankLinear
-from rankwise.surgery import read_plan
+from rankwise.structure import read_plan
 
 
 @dataclass

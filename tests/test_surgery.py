@@ -20,7 +20,8 @@ from rankwise.layers import LowRankConv2d, LowRankLinear
 from rankwise.method import Change
 from rankwise.ranks import Ratio, factorize, plan
 from rankwise.selection import select, survey
-from rankwise.surgery import impose_plan, read_plan, to_dense
+from rankwise.structure import impose_plan, read_plan
+from rankwise.surgery import to_dense
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -211,13 +212,60 @@ def test_one_side_of_a_tie_is_not_factorised_alone() -> None:
     assert read_plan(model) == {}
 
 
-def test_a_head_tied_to_an_embedding_stays_dense_and_says_so() -> None:
-    model = Language()
-    lines = {line.name: line for line in plan(model, 3, keep_first=0, keep_last=0).layers}
-    assert "tied to embedding (Embedding)" in lines["head"].reason
+def test_a_head_stays_tied_to_its_low_rank_embedding() -> None:
+    for order in (("embedding", "head"), ("head", "embedding")):
+        model = filled(Language())
+        with torch.no_grad():
+            model.embedding.padding_idx = 3
+            model.embedding.weight[3] = 0
+        reference, ids = copy.deepcopy(model), torch.arange(20).reshape(4, 5)
+        change = factorize(model, dict.fromkeys(order, 12))
+        assert model.head.u.weight is model.embedding.u.weight
+        assert model.head.v is model.embedding.v
+        assert model.embedding(torch.tensor([3])).tolist() == [[0.0] * 12]
+        same(model(ids), reference(ids))
+        for way in (model, reference):
+            way(ids).square().sum().backward()
+        u, v = model.embedding.factors()
+        # The head's part of the gradient reaches the padding row, as it does in the dense model.
+        gradient = reference.embedding.weight.grad
+        same(model.embedding.u.weight.grad, gradient @ v.T, 1e-4)
+        same(model.embedding.v.weight.grad, u.T @ gradient, 1e-4)
+        assert_follows(list(reference.parameters()), Change(), reference)
+        before = list(model.parameters())
+        assert set(change.modules) == {"embedding", "head"}
+        back = to_dense(model)
+        assert model.head.weight is model.embedding.weight
+        assert_follows(before, back, model)
+        same(model(ids), reference(ids))
+
+
+def test_an_embedding_and_its_head_are_factorised_together_or_not_at_all() -> None:
+    model = filled(Language())
+    decided = plan(model, 3, layers="embedding,head")
+    assert dict(decided.ranks) == {"embedding": 3, "head": 3}
+    dense = stored(model)
+    alone = plan(model, 3, keep_first=0, keep_last=0)
+    lines = {line.name: line for line in alone.layers}
+    assert "an embedding" in lines["embedding"].reason
+    assert lines["head"].reason == "its weight is tied to embedding, which stays dense"
     assert lines["body"].rank == 3
-    with pytest.raises(FactorizeError, match=r"head cannot be low-rank: .*embedding"):
-        factorize(model, {"head": 3})
+    for names in (["head"], ["embedding"]):
+        with pytest.raises(FactorizeError, match="factorise all of them or none"):
+            factorize(model, dict.fromkeys(names, 3))
+    with pytest.raises(PlanError, match=r"head shares its weight but not its rank .*\(4, 3\)"):
+        factorize(model, {"embedding": 3, "head": 4})
+    limited = filled(Language())
+    limited.embedding.max_norm = 1.0
+    assert "tied to embedding (Embedding)" in survey(limited)["head"].obstacle
+    factorize(model, decided)
+    assert decided.parameters == (dense, stored(model))
+    fresh = Language()
+    impose_plan(fresh, read_plan(model))
+    assert fresh.head.v is fresh.embedding.v
+    fresh.load_state_dict(model.state_dict())
+    ids = torch.arange(20).reshape(4, 5)
+    assert torch.equal(fresh(ids), model(ids))
 
 
 def test_a_weight_that_a_parent_uses_too_stays_dense() -> None:
@@ -402,9 +450,11 @@ def test_a_plan_that_differs_from_a_low_rank_model_is_refused() -> None:
 
 
 def test_a_plan_for_a_layer_that_cannot_be_low_rank_is_of_another_model() -> None:
-    spec = {"kind": "conv2d", "shape": [8, 4, 3, 3], "rank": 2, "norm": False}
-    with pytest.raises(PlanError, match=r"another model: grouped .*grouped convolution"):
-        impose_plan(Convolutional(), {"grouped": spec})
+    spec = {"kind": "linear", "shape": [4, 4], "rank": 2, "norm": False}
+    model = nn.Sequential(Own(4, 4), nn.Linear(4, 4))
+    with pytest.raises(PlanError, match=r"another model: 0 .*forward of its own"):
+        impose_plan(model, {"1": spec, "0": spec})
+    assert type(model[1]) is nn.Linear
     one_side = {"second": SPEC | {"shape": [12, 12]}}
     with pytest.raises(PlanError, match=r"another model: second.* tied to first"):
         impose_plan(Tied(), one_side)
@@ -499,11 +549,13 @@ def test_first_and_last_are_those_of_the_execution() -> None:
     model = Crossed()
     trace = accounting.trace(model, noise(1, 3, 8))
     reasons = select(model, trace=trace)
-    assert chosen(reasons) == ["middle", "other", "spare"]
+    parts = [f"attention.{part}" for part in ("q", "k", "v", "out_proj")]
+    assert chosen(reasons) == ["middle", "other", *parts, "spare"]
     assert reasons["stem"] == "among the first 1 (keep_first)"
     assert reasons["classifier"] == "among the last 1 (keep_last)"
-    assert list(reasons)[:4] == ["stem", "middle", "other", "classifier"]
-    assert chosen(select(model, trace=trace, keep_first=2, keep_last=2)) == ["spare"]
+    assert list(reasons) == ["stem", "middle", "other", *parts, "classifier", "spare"]
+    kept = select(model, trace=trace, keep_first=2, keep_last=2)
+    assert chosen(kept) == ["other", *parts[:3], "spare"]
     by_definition = chosen(select(model))
     assert "stem" in by_definition
     assert "classifier" not in by_definition
@@ -568,11 +620,10 @@ def test_a_choice_that_is_no_choice_is_refused(layers: Any) -> None:
 def test_each_unsupported_layer_says_why() -> None:
     model = nn.ModuleDict(
         {
-            "grouped": nn.Conv2d(4, 4, 3, groups=2),
             "depthwise": nn.Conv2d(4, 4, 3, groups=4),
-            "up": nn.ConvTranspose2d(4, 4, 3),
-            "conv1d": nn.Conv1d(4, 4, 3),
-            "embedding": nn.Embedding(9, 4),
+            "embedding": nn.Embedding(9, 4, max_norm=1.0),
+            "bag": nn.EmbeddingBag(9, 4),
+            "norm": nn.LayerNorm([4, 4]),
             "bilinear": nn.Bilinear(4, 4, 4),
             "own": Own(4, 4),
             "complex": nn.Linear(4, 4, dtype=torch.complex64),
@@ -583,11 +634,10 @@ def test_each_unsupported_layer_says_why() -> None:
     )
     before = copy.deepcopy(model.state_dict())
     words = {
-        "grouped": "grouped convolution (2 groups)",
-        "depthwise": "grouped convolution (4 groups)",
-        "up": "ConvTranspose2d has no low-rank form",
-        "conv1d": "Conv1d has no low-rank form",
-        "embedding": "Embedding has no low-rank form",
+        "depthwise": "depthwise",
+        "embedding": "max_norm rescales",
+        "bag": "EmbeddingBag has no low-rank form",
+        "norm": "LayerNorm has no low-rank form",
         "bilinear": "Bilinear has no low-rank form",
         "own": "Own has a forward of its own",
         "complex": "torch.complex64",
@@ -643,7 +693,7 @@ def test_a_mapping_or_plan_beside_a_choice_of_layers_is_refused() -> None:
     model = chain(32, 32, 32)
     with pytest.raises(OptionError, match="layers: the dict given has chosen"):
         factorize(model, {"0": 2}, layers="1")
-    with pytest.raises(OptionError, match="norm=True: the plan was made without"):
+    with pytest.raises(OptionError, match="norm=True: the plan was made with norm=False"):
         factorize(model, plan(model, 2, layers="0"), norm=True)
     assert read_plan(model) == {}
 
@@ -730,12 +780,17 @@ def test_attention_with_a_low_rank_output_is_the_dense_one(training: bool, weigh
     same(model.out_proj.v.weight.grad, u.T @ reference.out_proj.weight.grad, 1e-4)
 
 
-def test_auto_leaves_the_attention_output_to_its_parent() -> None:
-    decided = plan(encoder(), 4, noise(1, 5, 16))
-    reasons = {line.name: line.reason for line in decided.layers}
-    assert set(decided.ranks) == {"layers.0.linear2", "layers.1.linear1"}
-    assert reasons["layers.1.self_attn.out_proj"] == "its parent reads the weight as a matrix"
-    assert "last 1" in reasons["layers.1.linear2"]
+def test_auto_takes_the_projections_of_attention() -> None:
+    model = encoder()
+    decided = plan(model, 4, noise(1, 5, 16))
+    reasons = {line.name: line.reason for line in decided.layers if line.reason}
+    assert reasons == {
+        "layers.0.self_attn.q": "among the first 1 (keep_first)",
+        "layers.1.linear2": "among the last 1 (keep_last)",
+    }
+    dense = stored(model)
+    factorize(model, decided)
+    assert decided.parameters == (dense, stored(model))
 
 
 def test_dense_again_an_encoder_is_back_on_its_fast_path() -> None:

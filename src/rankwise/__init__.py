@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rankwise.optim.rebind import rebind
     from rankwise.ranks import Plan, factorize, plan
     from rankwise.run import Run, start
-    from rankwise.surgery import impose_plan, read_plan, to_dense
+    from rankwise.structure import impose_plan, read_plan
+    from rankwise.surgery import to_dense
 
 __version__ = "0.1.0"
 
@@ -38,8 +39,8 @@ _HOME = {
     "start": "rankwise.run",
     "load": "rankwise.checkpoint",
     "save": "rankwise.checkpoint",
-    "impose_plan": "rankwise.surgery",
-    "read_plan": "rankwise.surgery",
+    "impose_plan": "rankwise.structure",
+    "read_plan": "rankwise.structure",
     "to_dense": "rankwise.surgery",
 }
 

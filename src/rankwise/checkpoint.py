@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rankwise import __version__, distributed, storage
 from rankwise.errors import CheckpointError, unknown
-from rankwise.surgery import read_plan
+from rankwise.structure import read_plan
 
 
 class Saveable(Protocol):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankwise import surgery
+from rankwise import structure, surgery
 from rankwise.errors import PlanError
-from rankwise.layers import LowRankLayer
+from rankwise.layers import KINDS, LowRankLayer, OpenAttention
 
 
 def inside(copy: nn.Module, model: nn.Module) -> nn.Module:
@@ -24,7 +24,7 @@ def inside(copy: nn.Module, model: nn.Module) -> nn.Module:
             f"{type(copy).__name__} is no module, so it cannot take on low-rank layers; keep the "
             "average in a copy of the model, e.g. torch.optim.swa_utils.AveragedModel"
         )
-    lowered = tuple(f"{name}." for name in surgery.read_plan(model))
+    lowered = tuple(f"{name}." for name in structure.read_plan(model))
     layers = {n for n, _ in model.named_modules() if not n.startswith(lowered)}
     candidate: nn.Module | None = copy
     while candidate is not None:
@@ -55,7 +55,7 @@ def give_structure(model: nn.Module, copy: nn.Module, changed: Iterable[str] | N
     Raises:
         PlanError: the copy has another low-rank form of a layer.
     """
-    plan, present = surgery.read_plan(model), surgery.read_plan(copy)
+    plan, present = structure.read_plan(model), structure.read_plan(copy)
     if changed is None:
         changed = [name for name, spec in plan.items() if present.get(name) != spec]
     names = [name for name in changed if name in plan]
@@ -64,16 +64,20 @@ def give_structure(model: nn.Module, copy: nn.Module, changed: Iterable[str] | N
             raise PlanError(f"{name} is {present[name]} in the copy, {plan[name]} in the model")
 
     def make(name: str, dense: nn.Module, stand_in: type[LowRankLayer], rank: int) -> LowRankLayer:
-        layer = stand_in.from_spec(dense, plan[name])
+        layer = KINDS[plan[name]["kind"]].from_spec(dense, plan[name])
         theirs: Any = model.get_submodule(name)
         if layer.norm is not None:
             layer.norm.load_state_dict(theirs.norm.state_dict())
         _fit(layer, theirs, dense)
         return layer
 
-    fresh = {n: int(plan[n]["rank"]) for n in names if n not in present}
+    attentions = [name for name in names if plan[name]["kind"] == OpenAttention.kind]
+    layers = [name for name in names if name not in attentions]
+    shut = {name: plan[name]["fused"] for name in attentions if name not in present}
+    surgery.open_attentions(copy, shut)
+    fresh = {n: int(plan[n]["rank"]) for n in layers if n not in present}
     surgery.factorize_layers(copy, fresh, make)
-    for name in names:
+    for name in layers:
         if name in present:
             layer: Any = copy.get_submodule(name)
             _fit(layer, model.get_submodule(name), layer)

@@ -106,6 +106,14 @@ class Change:
 
         return dataclasses.replace(self, replaced=placed(self.replaced), added=placed(self.added))
 
+    def joined(self) -> list[Parameter]:
+        """New parameters that the model holds after the change, in order.
+
+        A successor may be replaced in its turn, as the parts of an attention that is opened are.
+        """
+        new = (p for s in (*self.replaced.values(), *self.added.values()) for p in s.parameters)
+        return [p for p in dict.fromkeys(new) if p not in self.replaced]
+
     def growth(self) -> int:
         """How many more parameters the model stores after the change; negative when it shrank."""
         gone = {p: p.numel() for p in self.replaced}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankwise import accounting, checkpoint, composition, distributed, surgery
+from rankwise import accounting, checkpoint, composition, distributed, structure
 from rankwise.errors import LifeCycleError, PlanError
 from rankwise.events import EventLog
 from rankwise.followers import give_structure, inside
@@ -251,7 +251,7 @@ class Run:
         """
         return {
             "step": self.step,
-            "plan": surgery.read_plan(self.bare),
+            "plan": structure.read_plan(self.bare),
             "methods": {key: method.state_dict() for key, method in self._keyed().items()},
             "parameter_names": group_names(self.optimizer, self._names()),
             "optimizer": self.optimizer.state_dict(),
@@ -275,7 +275,7 @@ class Run:
         own, saved = list(self._keyed()), list(state_dict["methods"])
         if own != saved:
             raise LifeCycleError(f"the saved run used the methods {saved}, this one has {own}")
-        change = surgery.impose_plan(self.bare, state_dict["plan"])
+        change = structure.impose_plan(self.bare, state_dict["plan"])
         rebind(self.optimizer, change)
         try:
             self.bare.load_state_dict(dict(weights))
@@ -338,7 +338,7 @@ class Run:
             self._watcher = accounting.watch(self.bare)
 
     def _begin(self, hooks: bool) -> None:
-        distributed.agree(repr(surgery.read_plan(self.bare)), "the structure of the model")
+        distributed.agree(repr(structure.read_plan(self.bare)), "the structure of the model")
         if self.context.trace is None:
             self._watcher = accounting.watch(self.bare)
         if self._handle is not None:
@@ -382,8 +382,8 @@ class Run:
         )
 
     def _end_phase(self, change: Change, method: Method) -> None:
-        distributed.agree(repr(surgery.read_plan(self.bare)), "the structure after the switch")
-        new = [p for s in (*change.replaced.values(), *change.added.values()) for p in s.parameters]
+        distributed.agree(repr(structure.read_plan(self.bare)), "the structure after the switch")
+        new = change.joined()
         # Decompositions may differ in the last bits between machines: worker 0's count.
         distributed.broadcast_parameters(new, self.optimizer.state)
         for copy in self._followers:

@@ -1,4 +1,4 @@
-"""Walk a model and exchange its layers, dense <-> low-rank; read and impose structure as data.
+"""Walk a model and exchange its layers, dense <-> low-rank.
 
 Everything is keyed by module name. A module registered under several names is exchanged once
 and set under all of them; a weight tied between layers stays tied.
@@ -7,14 +7,14 @@ and set under all of them; a weight tied between layers stays tied.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.nn import Parameter
 
+from rankwise.candidates import Candidate, aliases, survey
 from rankwise.errors import (
     FactorizeError,
     PlanError,
@@ -23,9 +23,9 @@ from rankwise.errors import (
     nearest,
     unknown,
 )
-from rankwise.layers import KINDS, LowRankLayer, low_rank_class
+from rankwise.layers import Form, LowRankLayer, OpenAttention, low_rank_class
+from rankwise.layers.attention import RowCarry
 from rankwise.method import NO_CHANGE, Change, Successors, merge
-from rankwise.selection import Candidate, survey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +63,7 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     for alias in names_of(model, old):
         parent, _, leaf = alias.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
-        if isinstance(new, LowRankLayer):
+        if isinstance(new, (LowRankLayer, OpenAttention)):
             _leave_fast_path(model, alias)
 
 
@@ -108,63 +108,161 @@ _KEPT = "_rankwise_fast_path"  # in the parent: its switches as they were before
 @contextmanager
 def undone(model: nn.Module, change: Change) -> Iterator[None]:
     """The model as it was before a structural change, for the length of a `with` block."""
-    places = {name: names_of(model, new) for name, (_, new) in change.modules.items()}
-
-    def put(which: int) -> None:
-        for name, aliases in places.items():
-            for alias in aliases:
-                parent, _, leaf = alias.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, change.modules[name][which])
-
-    put(0)
+    places = _put_back(model, change)
     try:
         yield
     finally:
-        put(1)
+        for parent, leaf, new in reversed(places):
+            setattr(parent, leaf, new)
+
+
+def _put_back(model: nn.Module, change: Change) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Set the old modules again, the last exchange first; where the new ones were, in that order.
+
+    Exchanges may be nested: an attention that was opened holds layers that were factorised.
+    """
+    places = []
+    for old, new in reversed(list(change.modules.values())):
+        for alias in names_of(model, new):
+            parent, _, leaf = alias.rpartition(".")
+            places.append((model.get_submodule(parent), leaf, new))
+            setattr(places[-1][0], leaf, old)
+    return places
+
+
+@contextmanager
+def whole_or_not(model: nn.Module, change: Change) -> Iterator[None]:
+    """Take a change back if what has to follow it in a `with` block fails."""
+    try:
+        yield
+    except BaseException:
+        if change:
+            _put_back(model, change)
+            _return_to_fast_path(model)
+            for name, module in model.named_modules(remove_duplicate=False):
+                if isinstance(module, (LowRankLayer, OpenAttention)):
+                    _leave_fast_path(model, name)
+        raise
+
+
+Make = Callable[[str, nn.Module, type[Any], int], LowRankLayer]
 
 
 def factorize_layers(
-    model: nn.Module,
-    ranks: Mapping[str, int],
-    make: Callable[[str, nn.Module, type[LowRankLayer], int], LowRankLayer],
+    model: nn.Module, ranks: Mapping[str, int], make: Make, form: Form | None = None
 ) -> Change:
     """Replace each named layer by what `make(name, dense, class, rank)` returns for it.
+
+    Attentions whose projections are named are opened first. Of layers that share a weight, one is
+    made; the others get its factors.
+
+    Args:
+        model: changed in place; as before if this fails.
+        ranks: name -> rank; a layer registered under several names has any of them.
+        make: builds the low-rank layer; embeddings come first.
+        form: in which classes are looked up.
 
     Raises:
         SelectionError: a name that is no layer.
         FactorizeError: a layer that cannot be factorised, named.
+        PlanError: two ranks for one layer, or for layers that share a weight.
     """
-    candidates = survey(model)
+    candidates = survey(model, form=form, layers=list(ranks))
+    ranks = _by_first_name(model, ranks, candidates)
     for name in ranks:
-        if name not in candidates:
-            raise SelectionError(
-                f"{unknown('layer', name, nearest(name, candidates) or candidates)}"
+        _check_named(name, ranks, candidates)
+    opened = open_attentions(model, _to_open(ranks, candidates))
+    with whole_or_not(model, opened):
+        new = _make_all(model, ranks, make, form)
+    return merge([opened, *(_exchange(model, name, layer) for name, layer in new.items())])
+
+
+def _by_first_name(
+    model: nn.Module, ranks: Mapping[str, int], candidates: Mapping[str, Candidate]
+) -> dict[str, int]:
+    known, named = aliases(model, candidates), {}
+    result: dict[str, int] = {}
+    for name, rank in ranks.items():
+        first = known.get(name, name)
+        if first in result and result[first] != rank:
+            raise PlanError(
+                f"{named[first]} and {name} are one layer, but are given the ranks "
+                f"{result[first]} and {rank}; give one"
             )
-        if candidates[name].obstacle:
-            raise FactorizeError(f"{name} cannot be low-rank: {candidates[name].obstacle}")
-        if any(t not in ranks for t in candidates[name].tied):
+        result[first], named[first] = rank, name
+    return result
+
+
+def _check_named(name: str, ranks: Mapping[str, int], candidates: Mapping[str, Candidate]) -> None:
+    if name not in candidates:
+        raise SelectionError(f"{unknown('layer', name, nearest(name, candidates) or candidates)}")
+    candidate = candidates[name]
+    if candidate.obstacle:
+        raise FactorizeError(f"{name} cannot be low-rank: {candidate.obstacle}")
+    for other in candidate.tied:
+        if other not in ranks:
             raise FactorizeError(
-                f"{name}: its weight is tied to {', '.join(candidates[name].tied)}; "
+                f"{name}: its weight is tied to {', '.join(candidate.tied)}; "
                 "factorise all of them or none, or the tie would be lost"
             )
+        if ranks[other] != ranks[name]:
+            first, second = sorted((name, other), key=list(ranks).index)
+            raise PlanError(
+                f"{second} shares its weight but not its rank with {first} "
+                f"({ranks[second]}, {ranks[first]})"
+            )
+
+
+def _to_open(ranks: Iterable[str], candidates: Mapping[str, Candidate]) -> dict[str, bool]:
+    """Attentions that hold a named layer, and whether their input projections are one matrix."""
+    homes = {candidates[name].attention for name in ranks} - {""}
+    return {home: f"{home}.in_proj" in candidates for home in sorted(homes)}
+
+
+def open_attentions(model: nn.Module, fused: Mapping[str, bool]) -> Change:
+    """Give every named nn.MultiheadAttention projections that are layers; the function stays.
+
+    Args:
+        model: changed in place.
+        fused: name -> whether queries, keys and values are projected by one layer.
+    """
+    changes = [NO_CHANGE]
+    for name, one in fused.items():
+        attention = model.get_submodule(name)
+        opened = OpenAttention.of(attention, fused=one)
+        replace(model, name, opened)
+        replaced = {
+            old: Successors(new, RowCarry(tuple(len(p) for p in new)))
+            for old, new in opened.parts(attention).items()
+        }
+        changes.append(Change(replaced=replaced, modules={name: (attention, opened)}))
+    return merge(changes)
+
+
+def _make_all(
+    model: nn.Module, ranks: Mapping[str, int], make: Make, form: Form | None
+) -> dict[str, LowRankLayer]:
     made: dict[Parameter, LowRankLayer] = {}
     new: dict[str, LowRankLayer] = {}
-    for name, rank in ranks.items():
-        dense: Any = candidates[name].module
-        stand_in = low_rank_class(dense)
+    # Of a head and an embedding the latter knows of padding, so it makes the factors of both.
+    order = sorted(ranks, key=lambda n: not isinstance(model.get_submodule(n), nn.Embedding))
+    for name in order:
+        dense: Any = model.get_submodule(name)
+        stand_in = low_rank_class(dense, form)
         assert isinstance(stand_in, type)
+        twin = made.get(dense.weight)
         try:
-            layer = make(name, dense, stand_in, rank)
+            if twin is None:
+                layer = make(name, dense, stand_in, ranks[name])
+                made[dense.weight] = layer
+            else:
+                layer = stand_in.from_spec(dense, twin.spec())
+                layer.v, layer.norm, layer.core = twin.v, twin.norm, twin.core
+                layer.u.weight = twin.u.weight
         except RankwiseError as error:
             raise type(error)(f"{name} {tuple(dense.weight.shape)}: {error}") from error
-        twin = made.setdefault(dense.weight, layer)
-        if twin is not layer:
-            if twin.rank != rank:
-                raise PlanError(f"{name} shares its weight but not its rank ({rank}, {twin.rank})")
-            layer.v, layer.norm, layer.core = twin.v, twin.norm, twin.core
-            layer.u.weight = twin.u.weight
         new[name] = layer
-    return merge([_exchange(model, name, layer) for name, layer in new.items()])
+    return {name: new[name] for name in ranks}
 
 
 def _exchange(model: nn.Module, name: str, layer: LowRankLayer) -> Change:
@@ -175,7 +273,7 @@ def _exchange(model: nn.Module, name: str, layer: LowRankLayer) -> Change:
 
 
 def to_dense(model: nn.Module) -> Change:
-    """Multiply every low-rank layer out: the same function, all methods' traces gone.
+    """Multiply every low-rank layer out and close every attention: the same function.
 
     Optimizer moments do not survive (a product has no unique counterpart of its factors').
 
@@ -198,14 +296,30 @@ def to_dense(model: nn.Module) -> Change:
             )
         )
         dense.weight = twin.weight
+    for name, module in list(model.named_modules()):
+        if isinstance(module, OpenAttention):
+            changes.append(_close(model, name, module))
     _return_to_fast_path(model)
     return merge(changes)
+
+
+def _close(model: nn.Module, name: str, opened: OpenAttention) -> Change:
+    if not name:
+        raise SelectionError("the model itself is the opened attention; call its close()")
+    closed = opened.close()
+    replace(model, name, closed)
+    replaced: dict[Parameter, Successors] = {}
+    for packed, (first, *others) in opened.parts(closed).items():
+        replaced[first] = Successors((packed,))
+        replaced |= {part: Successors(()) for part in others}
+    return Change(replaced=replaced, modules={name: (opened, closed)})
 
 
 def _return(layer: LowRankLayer, dense: Any, *, with_weight: bool) -> dict[Parameter, Successors]:
     """Whom the factors' and the bias's places go to; a twin's factors have theirs already."""
     replaced: dict[Parameter, Successors] = {}
-    new_bias = () if dense.bias is layer.u.bias else (dense.bias,)
+    bias: Any = getattr(dense, "bias", None)
+    new_bias: tuple[Any, ...] = () if bias is layer.u.bias else (bias,)
     if new_bias and layer.u.bias is not None:
         replaced[layer.u.bias], new_bias = Successors(new_bias), ()
     gone = layer.new_parameters()
@@ -215,78 +329,3 @@ def _return(layer: LowRankLayer, dense: Any, *, with_weight: bool) -> dict[Param
     elif new_bias:
         replaced[gone[-1]] = Successors(new_bias)
     return replaced
-
-
-def read_plan(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The structure of a model as data: name -> spec of its low-rank layer; JSON-able."""
-    return {n: m.spec() for n, m in model.named_modules() if isinstance(m, LowRankLayer)}
-
-
-@torch.no_grad()
-def impose_plan(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> Change:
-    """Give a freshly built dense model the structure that `read_plan` returned, values aside.
-
-    Layers that already have the structure are left; low-rank layers that the plan does not
-    name are an error, because their weights would not load.
-
-    Raises:
-        PlanError: the plan is malformed or of another model: names, kinds or shapes differ.
-    """
-    if not isinstance(plan, Mapping):
-        raise PlanError(f"a plan maps layer names to specs, this is a {type(plan).__name__}")
-    present, candidates, ranks = read_plan(model), survey(model), {}
-    wanted = {name: _read_spec(name, spec) for name, spec in plan.items()}
-    for name, spec in wanted.items():
-        if name not in present:
-            _check_spec(name, spec, candidates)
-            ranks[name] = spec["rank"]
-        elif present[name] != spec:
-            raise PlanError(f"{name} is {present[name]} in the model, {spec} in the plan")
-    extra = sorted(present.keys() - plan.keys())
-    if extra:
-        raise PlanError(
-            f"{extra[0]} is low-rank in the model but dense in the plan; build it dense"
-        )
-
-    def make(name: str, dense: nn.Module, stand_in: type[LowRankLayer], rank: int) -> LowRankLayer:
-        layer = stand_in.from_spec(dense, wanted[name])
-        if layer.spec() != wanted[name]:
-            raise PlanError(f"the plan asks for {wanted[name]}; this builds {layer.spec()}")
-        return layer
-
-    try:
-        return factorize_layers(model, ranks, make)
-    except FactorizeError as error:
-        raise PlanError(f"the plan is of another model: {error}") from error
-
-
-def _read_spec(name: str, spec: Any) -> dict[str, Any]:
-    fields = {"kind": str, "shape": (list, tuple), "rank": int, "norm": bool}
-    if not isinstance(spec, Mapping):
-        raise PlanError(f"{name}: a spec maps {', '.join(fields)} to values; this is {spec!r}")
-    for field, kinds in fields.items():
-        if not isinstance(spec.get(field), kinds) or (kinds is int and spec[field] is True):
-            raise PlanError(
-                f"{name}: the spec's {field} is {spec.get(field, 'missing')!r}; a spec looks like "
-                "{'kind': 'linear', 'shape': [64, 32], 'rank': 8, 'norm': False}"
-            )
-    # Structures saved before there were cores and blocks name neither.
-    spec = {"core": False, "blocks": 1, **spec, "shape": list(spec["shape"])}
-    if not isinstance(spec["core"], bool) or type(spec["blocks"]) is not int:
-        raise PlanError(
-            f"{name}: core={spec['core']!r} is no bool or blocks={spec['blocks']!r} no int"
-        )
-    return spec
-
-
-def _check_spec(name: str, spec: Mapping[str, Any], candidates: Mapping[str, Candidate]) -> None:
-    if spec["kind"] not in KINDS:
-        raise PlanError(f"{name}: {unknown('kind of layer', spec['kind'], KINDS)}")
-    if name not in candidates:
-        known = nearest(name, candidates) or candidates
-        raise PlanError(f"the plan is of another model: {unknown('layer', name, known)}")
-    shape = list(candidates[name].shape)
-    if shape != spec["shape"]:
-        raise PlanError(
-            f"the plan is of another model: {name} is {shape} here, {spec['shape']} there"
-        )

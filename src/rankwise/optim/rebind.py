@@ -81,7 +81,10 @@ def rebind(
         2
     """
     places = _Places(optimizer, names or {})
-    reports = [_replace(optimizer, places, old, new) for old, new in change.replaced.items()]
+    between = _between(change)
+    reports = [
+        _replace(optimizer, places, old, new, between) for old, new in change.replaced.items()
+    ]
     for anchor, new in change.added.items():
         places.insert(anchor, new, keep=True)
         reports.append(Rebound(fresh=len(new.parameters)))
@@ -167,12 +170,20 @@ def _index(group: Mapping[str, Any], parameter: Parameter) -> int:
     return next(i for i, p in enumerate(group["params"]) if p is parameter)
 
 
-def _replace(optimizer: Optimizer, places: _Places, old: Parameter, new: Successors) -> Rebound:
+def _between(change: Change) -> set[Parameter]:
+    """Successors that are replaced in their turn: parts of an opened attention, then factorised."""
+    successors = {p for new in change.replaced.values() for p in new.parameters}
+    return successors & change.replaced.keys()
+
+
+def _replace(
+    optimizer: Optimizer, places: _Places, old: Parameter, new: Successors, between: set[Parameter]
+) -> Rebound:
     if not places.insert(old, new, keep=False):
-        return Rebound(outside=1)
+        return Rebound(outside=int(old not in between))
     state = optimizer.state.pop(old, {})
     old.grad = None  # loops that kept a list of parameters must not clip by a gradient of the past
-    stepped = [p for p in new.parameters if p in places.group_of]
+    stepped = [p for p in new.parameters if p in places.group_of and p not in between]
     if not state or new.carry is None:
         return Rebound(fresh=len(stepped))
     unknown = tuple(key for key, value in state.items() if not _carriable(key, value, old))

@@ -1,0 +1,146 @@
+"""The structure of a model as data: read it, and give it to another copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise.candidates import Candidate, survey
+from rankwise.errors import FactorizeError, PlanError, nearest, unknown
+from rankwise.layers import KINDS, Form, LowRankLayer, OpenAttention, low_rank_class
+from rankwise.method import Change
+from rankwise.surgery import factorize_layers, open_attentions, whole_or_not
+
+Spec = dict[str, Any]
+_FORMS = (Form(), Form(separable=True))
+
+
+def read_plan(model: nn.Module) -> dict[str, Spec]:
+    """The structure of a model: name -> spec of its low-rank layer or opened attention; JSON-able.
+
+    An opened attention comes before the layers in it.
+    """
+    kinds = (LowRankLayer, OpenAttention)
+    return {n: m.spec() for n, m in model.named_modules() if isinstance(m, kinds)}
+
+
+@torch.no_grad()
+def impose_plan(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> Change:
+    """Give a freshly built dense model the structure that `read_plan` returned, values aside.
+
+    Layers that already have the structure are left; low-rank layers that the plan does not
+    name are an error, because their weights would not load.
+
+    Raises:
+        PlanError: the plan is malformed or of another model: names, kinds or shapes differ.
+    """
+    if not isinstance(plan, Mapping):
+        raise PlanError(f"a plan maps layer names to specs, this is a {type(plan).__name__}")
+    present = read_plan(model)
+    wanted = {name: _read_spec(name, spec) for name, spec in plan.items()}
+    for name in wanted.keys() & present.keys():
+        if present[name] != wanted[name]:
+            raise PlanError(f"{name} is {present[name]} in the model, {wanted[name]} in the plan")
+    extra = sorted(present.keys() - plan.keys())
+    if extra:
+        raise PlanError(
+            f"{extra[0]} is low-rank in the model but dense in the plan; build it dense"
+        )
+    missing = {name: spec for name, spec in wanted.items() if name not in present}
+    shut = {n: spec["fused"] for n, spec in missing.items() if spec["kind"] == OpenAttention.kind}
+    for name in shut:
+        _check_attention(model, name, missing.pop(name))
+    opened = open_attentions(model, shut)
+    with whole_or_not(model, opened):
+        return opened | _factorize(model, missing)
+
+
+def _factorize(model: nn.Module, specs: Mapping[str, Spec]) -> Change:
+    candidates = survey(model)
+    for name, spec in specs.items():
+        _check_spec(name, spec, candidates)
+        for other in candidates[name].tied:
+            _check_twins(name, spec, other, specs.get(other, spec))
+
+    def make(name: str, dense: nn.Module, stand_in: type[LowRankLayer], rank: int) -> LowRankLayer:
+        chosen = KINDS[specs[name]["kind"]]
+        if chosen not in [low_rank_class(dense, form) for form in _FORMS]:
+            raise PlanError(f"the plan asks for {specs[name]}; this builds {stand_in.kind!r}")
+        layer = chosen.from_spec(dense, specs[name])
+        if layer.spec() != specs[name]:
+            raise PlanError(f"the plan asks for {specs[name]}; this builds {layer.spec()}")
+        return layer
+
+    try:
+        return factorize_layers(model, {n: int(s["rank"]) for n, s in specs.items()}, make)
+    except FactorizeError as error:
+        raise PlanError(f"the plan is of another model: {error}") from error
+
+
+_LAYER = {"kind": str, "shape": (list, tuple), "rank": int, "norm": bool}
+_ATTENTION = {"kind": str, "shape": (list, tuple), "heads": int, "fused": bool}
+_EXAMPLES: dict[str, Spec] = {
+    "layer": {"kind": "linear", "shape": [64, 32], "rank": 8, "norm": False},
+    "attention": {"kind": "attention", "shape": [64, 64, 64], "heads": 4, "fused": False},
+}
+
+
+def _read_spec(name: str, spec: Any) -> Spec:
+    attention = isinstance(spec, Mapping) and spec.get("kind") == OpenAttention.kind
+    fields: dict[str, Any] = _ATTENTION if attention else _LAYER
+    if not isinstance(spec, Mapping):
+        raise PlanError(f"{name}: a spec maps {', '.join(fields)} to values; this is {spec!r}")
+    for field, kinds in fields.items():
+        if not isinstance(spec.get(field), kinds) or (kinds is int and spec[field] is True):
+            raise PlanError(
+                f"{name}: the spec's {field} is {spec.get(field, 'missing')!r}; a spec looks like "
+                f"{_EXAMPLES['attention' if attention else 'layer']}"
+            )
+    if attention:
+        return {**spec, "shape": list(spec["shape"])}
+    # Structures saved before there were cores and blocks name neither.
+    spec = {"core": False, "blocks": 1, **spec, "shape": list(spec["shape"])}
+    if not isinstance(spec["core"], bool) or type(spec["blocks"]) is not int:
+        raise PlanError(
+            f"{name}: core={spec['core']!r} is no bool or blocks={spec['blocks']!r} no int"
+        )
+    return spec
+
+
+def _check_attention(model: nn.Module, name: str, spec: Spec) -> None:
+    modules = dict(model.named_modules())
+    module: Any = modules.get(name)
+    if type(module) is not nn.MultiheadAttention or not name:
+        known = [n for n, m in modules.items() if type(m) is nn.MultiheadAttention]
+        wrong = unknown("attention", name, nearest(name, known) or known)
+        raise PlanError(f"the plan is of another model: {wrong}")
+    own = {**OpenAttention.like(module).spec(), "fused": spec["fused"]}
+    if own != spec:
+        raise PlanError(f"the plan is of another model: {name} is {own} here, {spec} there")
+    if spec["fused"] and module.in_proj_weight is None:
+        raise PlanError(f"{name}: its projections have different widths; they cannot be fused")
+
+
+def _check_twins(name: str, spec: Spec, other: str, theirs: Spec) -> None:
+    for field in ("rank", "norm", "core", "blocks"):
+        if spec[field] != theirs[field]:
+            raise PlanError(
+                f"{name} shares its weight but not its {field} with {other} "
+                f"({spec[field]}, {theirs[field]})"
+            )
+
+
+def _check_spec(name: str, spec: Mapping[str, Any], candidates: Mapping[str, Candidate]) -> None:
+    if spec["kind"] not in KINDS:
+        raise PlanError(f"{name}: {unknown('kind of layer', spec['kind'], KINDS)}")
+    if name not in candidates:
+        known = nearest(name, candidates) or candidates
+        raise PlanError(f"the plan is of another model: {unknown('layer', name, known)}")
+    shape = list(candidates[name].shape)
+    if shape != spec["shape"]:
+        raise PlanError(
+            f"the plan is of another model: {name} is {shape} here, {spec['shape']} there"
+        )
