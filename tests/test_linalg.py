@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given
@@ -127,3 +129,44 @@ def test_adams_step_is_at_most_the_learning_rate_after_the_carry() -> None:
         assert bool((first.abs() <= second.sqrt() * (1 + 1e-12)).all())
     _, without = linalg.carry_second(steady, None, u, v)
     assert bool((for_v >= without).all())
+
+
+@pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize("ones", [False, True])
+def test_a_batch_of_matrices_is_factorised_one_by_one(core: bool, ones: bool) -> None:
+    matrices = noise(3, 6, 4)
+    together = linalg.spectral_factors(matrices, 2, core=core, ones=ones)
+    for i, matrix in enumerate(matrices):
+        alone = linalg.spectral_factors(matrix, 2, core=core, ones=ones)
+        product, expected = (functools.reduce(torch.matmul, f) for f in (together, alone))
+        assert_close(product[i], expected, rtol=1e-10, atol=1e-10)
+        spectrum = torch.linalg.svdvals(matrix)[:2]
+        kept = torch.linalg.svdvals(expected)[:2]
+        assert_close(kept, torch.ones_like(spectrum) if ones else spectrum, rtol=1e-9, atol=0)
+
+
+def test_moments_of_three_factors_are_carried_by_the_chain_rule() -> None:
+    factors = [noise(2, 6, 3), noise(2, 3, 4, seed=1), noise(2, 4, 5, seed=2)]
+    leaves = [factor.requires_grad_() for factor in factors]
+    gradient = noise(2, 6, 5, seed=3)
+    functools.reduce(torch.matmul, leaves).backward(gradient)
+    carried = linalg.carry_first(gradient, *(f.detach() for f in factors))
+    for moment, leaf in zip(carried, leaves, strict=True):
+        assert_close(moment, leaf.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (2, 6, 6)])
+def test_orthogonal_factors_have_the_mean_square_exactly(
+    shape: tuple[int, ...], core: bool
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    target = torch.tensor([0.5, 3.0]) if len(shape) == 3 else torch.tensor(0.5)
+    factors = linalg.orthogonal_factors(shape, 4, target, generator, core=core)
+    product = functools.reduce(torch.matmul, factors)
+    assert product.shape == shape
+    assert_close(product.square().mean(dim=(-2, -1)), target, rtol=1e-5, atol=0)
+    for factor in factors:
+        small = factor.mT @ factor if factor.shape[-2] >= factor.shape[-1] else factor @ factor.mT
+        unit = small[..., :1, :1] * torch.eye(4)
+        assert_close(small, unit.expand_as(small), rtol=0, atol=1e-5)

@@ -126,14 +126,16 @@ class LowRankConv(LowRankLayer):
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = self.v(x)
+        # Not self.v: attributes that are modules are looked up in Python, about 1 us each.
+        children: Any = self._modules
+        codes = children["v"](x)
         if self.norm is not None:
             # An input without batch would pass for one without channels.
             batched = codes.dim() == self.dimensions + 2
             codes = self.norm(codes) if batched else self.norm(codes.unsqueeze(0)).squeeze(0)
         if self.core is not None:
             codes = self.core(codes)
-        return self.u(codes)
+        return children["u"](codes)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, rank={self.rank}"

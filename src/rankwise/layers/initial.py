@@ -12,7 +12,9 @@ M, N: the weight as a matrix, R: rank, F: fan-in of the dense layer (I of a line
 | `default`       | what two default torch layers start with    | 1 / (9 F), a third of a dense's  |
 
 With a core (W = U C V) `spectral` gives each factor a third power, `spectral_ones` an identity;
-`loralinear` gives 1 / (27 R) and `default` 1 / (27 F), as a third map of the same kind does.
+`loralinear` gives 1 / (27 R) and `default` 1 / (27 F), as a third map of the same kind does. Torch
+counts the outputs of a transposed convolution as its fan-in F; there `default` gives R / (9 I F),
+with I of one group.
 """
 
 from __future__ import annotations
