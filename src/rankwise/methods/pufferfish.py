@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from rankwise.errors import OptionError
 from rankwise.method import NO_CHANGE, Change, Method
 from rankwise.options import option, validate
-from rankwise.ranks import Plan, Rule, as_rule, factorize, plan
-
-if TYPE_CHECKING:
-    from rankwise.accounting import Trace
+from rankwise.ranks import RULE_HELP, Later, Plan, Rule, as_rule, factorize, plan, present
 
 
 @dataclass
@@ -34,9 +31,7 @@ class Pufferfish(Method):
         "low-rank weights": "both decide which layers are low-rank and at which rank"
     }
 
-    ranks: Rule | float | str = option(
-        0.25, "rank rule: 0.25 (ratio of full rank), 32 (rank), budget=0.3", parse=as_rule
-    )
+    ranks: Rule | float | str = option(0.25, RULE_HELP, parse=as_rule)
     warmup_epochs: float | None = option(None, "dense epochs before the switch (E)", above=0)
     warmup_steps: int | None = option(None, "the same in optimizer steps", at_least=1)
     layers: Any = option("auto", "which layers: auto, or globs over names, comma between")
@@ -51,8 +46,10 @@ class Pufferfish(Method):
         validate(self)
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise OptionError("Pufferfish: give warmup_epochs or warmup_steps, not both")
+        if self.norm:  # a feature of this instance, which decay of the factors does not go with
+            vars(self)["provides"] = self.provides | {"norm between the factors"}
         self.plan: Plan | None = None
-        self._seen: Trace | None = None
+        self._seen: Any = None
 
     @property
     def switch_step(self) -> int:
@@ -69,8 +66,14 @@ class Pufferfish(Method):
         return max(1, round(self.context.total_steps * 80 / 300))
 
     def prepare(self, model: nn.Module) -> Change:
-        self._decide(model)
         _ = self.switch_step  # an unknown length is an error now, not after hours
+        if self.context.trace is not None or not as_rule(self.ranks).needs_sample:
+            self._decide(model)
+        return NO_CHANGE
+
+    def resume(self, model: nn.Module) -> Change:
+        found = present(model)
+        self.plan = found if found.ranks else None  # None: before the switch
         return NO_CHANGE
 
     def before_step(self, model: nn.Module, step: int) -> None:
@@ -80,13 +83,17 @@ class Pufferfish(Method):
     def after_step(self, model: nn.Module, step: int) -> Change:
         if step != self.switch_step:
             return NO_CHANGE
-        change = factorize(model, self.plan or self._decide(model))
-        return change | Change(notes={"lr_factor": self.lr_factor})
+        decided = self.plan
+        if decided is None or decided.provisional:
+            decided = self._decide(model, now=True)
+        return factorize(model, decided) | Change(notes={"lr_factor": self.lr_factor})
 
     def lr_scale(self, step: int) -> float:
         return self.lr_factor if step > self.switch_step else 1.0
 
-    def _decide(self, model: nn.Module) -> Plan:
-        self.plan = plan(model, as_rule(self.ranks), **self.choice())
-        self._seen = self.context.trace
+    def _decide(self, model: nn.Module, *, now: bool = False) -> Plan:
+        rule = as_rule(self.ranks)
+        if rule.reads_weights and not now:
+            rule = Later.of(rule, f"after step {self.switch_step}")
+        self.plan, self._seen = plan(model, rule, **self.choice()), self.context.trace
         return self.plan

@@ -92,12 +92,11 @@ class Ladder:
     """The choices of one layer, cheapest first: its ranks that cost less than dense, then dense."""
 
     def __init__(self, shape: MatrixShape, bounds: Bounds, cost: Cost) -> None:
-        self.ranks: list[int | None] = [
-            rank
-            for rank in bounds.steps()
-            # Not what the guard would leave dense all the same, nor what saves nothing here.
-            if rank < shape.break_even and cost.at(rank) < cost.dense
-        ]
+        # Not what the guard would leave dense all the same, nor what saves nothing here.
+        limit = shape.break_even
+        if cost.break_even is not None or not cost.dense:
+            limit = min(limit, cost.break_even or 1)
+        self.ranks: list[int | None] = [rank for rank in bounds.steps() if rank < limit]
         if bounds.high == bounds.full or not self.ranks:
             self.ranks.append(None)
         self.prices = [cost.of(rank) for rank in self.ranks]

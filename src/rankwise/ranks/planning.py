@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from rankwise import accounting, selection, surgery
 from rankwise.errors import OptionError, PlanError
 from rankwise.layers import Form, LowRankLayer, low_rank_class
 from rankwise.method import NO_CHANGE, Change, Context
+from rankwise.ranks.budget import Budget
 from rankwise.ranks.costs import Meter, forward_flops, saved_bytes
 from rankwise.ranks.plan import LayerPlan, Others, Plan
 from rankwise.ranks.registry import as_rule
@@ -74,16 +75,23 @@ def plan(
     rule, form = as_rule(rule), Form(norm=norm, core=core, separable=separable, split=split)
     if trace is None and sample is not None:
         trace = accounting.trace(model, sample)
-    candidates = selection.survey(model, trace)
+    named = () if callable(layers) else layers
+    candidates = selection.survey(model, trace, form=form, layers=named)
     reasons = selection.select(
-        model, layers, exclude, keep_first=keep_first, keep_last=keep_last, trace=trace
+        model,
+        layers,
+        exclude,
+        keep_first=keep_first,
+        keep_last=keep_last,
+        trace=trace,
+        form=form,
     )
     found = _Layers(model, candidates, reasons, form, sample, trace)
     decided = rule.assign(
         found.chosen(),
-        found.others.stored,
+        found.outside(),
         spectra=Spectra(found.matrix, rule),
-        costs=lambda of: found.costs(of, rule),
+        costs=lambda of: found.costs(of, cast(Budget, rule)),
     )
     lines = []
     for name in candidates:
@@ -92,7 +100,8 @@ def plan(
         reason = reasons[name] or (decision.reason if decision else "")
         lines.append(found.line(name, rank, reason))
     later = rule.reason if isinstance(rule, Later) else ""
-    return Plan(tuple(lines), found.others, form, found.notes(rule), later)
+    ranks = {name: decision.rank for name, decision in decided.items()}
+    return Plan(tuple(lines), found.others, form, found.notes(rule, ranks), later)
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,11 @@ class _Layers:
         listed = [self._work("flops", name) for name in self.candidates]
         return accounting.flops(self.model, self.sample) - sum(c.dense for c in listed if c)
 
+    def outside(self) -> int:
+        """Parameters of the model outside the layers to decide."""
+        own = sum(shape.dense for shape in self.chosen().values())
+        return accounting.parameters(self.model).stored - own
+
     def matrix(self, name: str) -> Tensor:
         """A layer's weight as what is factorised: (M, N) or (B, M, N)."""
         kind, module = self.kinds[name], self.candidates[name].module
@@ -158,7 +172,7 @@ class _Layers:
         weight: Any = module.weight
         return kind.stand_in.as_matrix(weight.detach(), kind.shape.blocks)
 
-    def costs(self, of: str, rule: Rule) -> Costs:
+    def costs(self, of: str, rule: Budget) -> Costs:
         """The model's costs for a budget of FLOPs or memory."""
         chosen = self.chosen()
         if of == "flops":
@@ -171,7 +185,7 @@ class _Layers:
             flops = [self._work("flops", name) for name in self.candidates]
             total = (self.others.flops or 0) + sum(c.dense for c in flops if c)
             return Costs(costs, total - sum(c.dense for c in costs.values()), "FLOPs")
-        moments = getattr(rule, "moments", 2)
+        moments = rule.moments
         held = {n: self._held(n, moments) for n in chosen}
         saved = {n: self._together(n, lambda m: self._work("memory", m)) for n in chosen}
         # What dense layers save is saved by low-rank ones too: the input. It counts for neither.
@@ -229,21 +243,30 @@ class _Layers:
         shape = MatrixShape(rows, columns, self.form.norm, self.form.core, blocks)
         return _Kind(stand_in, keywords, shape)
 
-    def notes(self, rule: Rule) -> tuple[str, ...]:
+    def notes(self, rule: Rule, ranks: Mapping[str, int | None]) -> tuple[str, ...]:
         """What the reader should know."""
         notes = []
         if self.trace is None:
             notes.append("layers in order of definition; with sample=, in order of execution")
         elif self.sample is None:
             notes.append("FLOPs are those of the layers above alone; with sample=, of the model")
-        if getattr(rule, "of", "") == "memory" and self.trace is None:
-            notes.append("memory of parameters, gradients and optimizer; sample= adds activations")
+        if isinstance(rule, Budget) and rule.of == "memory":
+            notes.append(self._memory(rule, ranks))
         others = selection.unlisted(self.model, self.candidates)
         if others:
             named = [f"{name} ({kind})" for name, kind in others.items()]
             more = f" and {len(named) - 4} more" if len(named) > 4 else ""
             notes.append(f"matrices with no low-rank form here: {', '.join(named[:4])}{more}")
         return tuple(notes)
+
+    def _memory(self, rule: Budget, ranks: Mapping[str, int | None]) -> str:
+        costs = self.costs(rule.of, rule)
+        after = costs.others + sum(costs.layers[name].of(rank) for name, rank in ranks.items())
+        codes = " and the codes saved for backward" if self.trace is not None else ""
+        return (
+            f"memory {costs.dense:,} -> {after:,} bytes ({after / costs.dense:.1%}): parameters, "
+            f"gradients, {rule.moments} moment(s) each{codes}"
+        )
 
 
 def _trainable(candidate: selection.Candidate) -> bool:
@@ -331,7 +354,7 @@ def factorize(
             dense, rank, init=init, generator=source.generator(0, name), **keywords
         )
 
-    return surgery.factorize_layers(model, ranks, make)
+    return surgery.factorize_layers(model, ranks, make, form)
 
 
 def _form_of(plan: Plan, asked: Form) -> Form:

@@ -24,6 +24,11 @@ RULES: Mapping[str, Callable[..., Rule]] = MappingProxyType(
 )
 _BARE = frozenset(cls.name for cls in (StableRank, ScaledStableRank, Entropy, VBMF))
 _OPTIONS = ("floor", "cap", "multiple")
+RULE_HELP = (
+    "rank rule: 0.25 (ratio of full rank), 32 (rank), budget=0.3, flops=0.5, memory=0.5 (share of "
+    "dense), energy=0.9, stable, scaled-stable, entropy, vbmf (read the weights); then floor=, "
+    "cap=, multiple=, comma between"
+)
 EXAMPLES = "32, 0.25, budget=0.3, flops=0.5, memory=0.5, energy=0.9, scaled-stable"
 
 

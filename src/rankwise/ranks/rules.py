@@ -346,6 +346,11 @@ class Later(Rule):
     rule: Rule
     when: str
 
+    @classmethod
+    def of(cls, rule: Rule, when: str) -> Later:
+        """What can be said already: the rule's overrides."""
+        return cls(rule, when, overrides=rule.overrides, allow_growth=rule.allow_growth)
+
     @property
     def reason(self) -> str:
         """What the plan says of every such layer."""
