@@ -87,11 +87,12 @@ def survey(
         found = dict(sorted(found.items(), key=lambda item: rank.get(item[0], len(rank))))
     candidates = {}
     for name, (module, shape) in found.items():
+        home, closed = homes.get(name, ("", ""))
         weight: Any = module._parameters.get("weight")
-        users = [] if weight is None else [h for h in holders.get(weight, ()) if h[0] != name]
+        own = (name, home) if home else (name,)  # a shut attention holds its projections' weights
+        users = [] if weight is None else [h for h in holders.get(weight, ()) if h[0] not in own]
         others = {n: found[n][0] if key == "weight" and n in found else key for n, key in users}
         tied = tuple(n for n, other in others.items() if isinstance(other, nn.Module))
-        home, closed = homes.get(name, ("", ""))
         reason = closed or _obstacle(model, name, module, others, form or Form())
         candidates[name] = Candidate(name, module, shape, reason, tied, home)
     return candidates
