@@ -52,11 +52,14 @@ class Row:
         method: of the registry, or "muon" for torch's Muon on the matrices.
         options: of the method.
         lr: the learning rates that tuning begins with.
+        others: factor on the rate of all but the blocks' matrices. GaLore's scale of 1/4 acts on
+            its matrices alone, so the other parameters move 4 times as far as under AdamW.
     """
 
     method: str
     lr: tuple[float, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    others: float = 1.0
 
 
 def _rates(middle: float) -> tuple[float, ...]:
@@ -66,6 +69,7 @@ def _rates(middle: float) -> tuple[float, ...]:
 GALORE = {"rank": RANK, "every": EVERY}
 ROWS = {
     "AdamW": Row("dense", _rates(4e-3)),
+    "AdamW, the rest at 4 lr": Row("dense", _rates(4e-3), others=4.0),
     "Muon": Row("muon", _rates(8e-3)),
     "GaLore, SVD": Row(
         "galore", _rates(1.6e-2), {**GALORE, "basis": "svd", "moments": "keep", "stagger": False}
@@ -98,15 +102,16 @@ class Trainer:
     def __init__(self, row: Row, model: nn.Module, lr: float, seed: int) -> None:
         self.model, self.lr = model, lr
         self.run: rankwise.Run | None = None
+        inner = [p for n, p in model.named_parameters() if "blocks" in n and p.dim() == 2]
+        chosen = set(inner)
+        others = [p for p in model.parameters() if p not in chosen]
         if row.method == "muon":
-            inner = [p for n, p in model.named_parameters() if "blocks" in n and p.dim() == 2]
-            chosen = set(inner)
-            others = [p for p in model.parameters() if p not in chosen]
             # Its update has the root mean square of AdamW's, so that one rate serves both.
             muon = torch.optim.Muon(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
             self.optimizers: list[Optimizer] = [muon, adamw(others, lr)]
             return
-        self.optimizers = [adamw(model.parameters(), lr)]
+        groups = [{"params": inner}, {"params": others, "gain": row.others}]
+        self.optimizers = [adamw(groups, lr)]
         method = METHODS[row.method](**row.options)
         sample = models.sample("llama-tiny", input_shape=(CONTEXT,))
         self.run = rankwise.start(
@@ -117,7 +122,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * schedule(number)
+                group["lr"] = self.lr * schedule(number) * group.get("gain", 1.0)
         loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
         held = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
