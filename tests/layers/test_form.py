@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from rankwise.errors import FactorizeError, OptionError, PlanError
 from rankwise.layers import (
@@ -39,8 +40,8 @@ REFUSED: list[tuple[Any, Form, str]] = [
     (nn.Conv1d(6, 12, 1, groups=6), Form(), "is a 2×1 matrix"),
     (nn.ConvTranspose2d(6, 6, 3, groups=6), Form(), "depthwise convolution"),
     (nn.Conv2d(4, 8, 3, groups=2), Form(separable=True), "2 groups.*no separable form"),
-    (nn.Conv2d(4, 8, 3), Form(separable=True, norm=True), "separable form has no BatchNorm"),
-    (nn.ConvTranspose2d(4, 8, 3), Form(norm=True), "transposed convolution has no BatchNorm"),
+    (nn.Conv2d(4, 8, 3), Form(separable=True, norm=True), "separable form takes no norm"),
+    (nn.ConvTranspose2d(4, 8, 3), Form(norm=True), "transposed convolution takes no norm"),
     (nn.LSTM(4, 8), Form(), "LSTM has no low-rank form here"),
     (nn.Bilinear(4, 4, 8), Form(), "Bilinear has no low-rank form here"),
 ]
@@ -59,7 +60,7 @@ def test_groups_of_two_rows_are_no_depthwise_convolution() -> None:
 
 def test_classes_refuse_a_norm_that_they_have_no_place_for() -> None:
     conv = nn.ConvTranspose2d(4, 8, 3)
-    with pytest.raises(FactorizeError, match="no bias at the borders"):
+    with pytest.raises(FactorizeError, match="shift is no bias"):
         LowRankConvTranspose2d.from_dense(conv, 2, norm=True)
 
 
@@ -133,3 +134,13 @@ def test_a_block_linear_is_its_blocks_side_by_side() -> None:
     expected = nn.functional.linear(x, weight, layer.bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
     assert "blocks=3" in repr(layer)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("core", [False, True])
+def test_counters_see_every_product_of_a_split_layer(rank: int, core: bool) -> None:
+    layer = LowRankLinear(8, 24, rank, blocks=3, core=core)
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.zeros(2, 5, 8))
+    expected = 2 * 10 * 3 * (rank * (8 + 8) + (rank**2 if core else 0))
+    assert counter.get_total_flops() == expected

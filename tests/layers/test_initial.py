@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rankwise.errors import FactorizeError, OptionError
-from rankwise.layers import INITS, Form, low_rank_class
+from rankwise.layers import (
+    INITS,
+    Form,
+    LowRankConv1d,
+    LowRankConv3d,
+    LowRankConvTranspose2d,
+    LowRankLinear,
+    LowRankSeparableConv2d,
+    low_rank_class,
+)
 
 RANDOM = ("variance", "orthogonal", "loralinear", "default")
 
@@ -223,3 +232,28 @@ def test_the_meta_device_draws_nothing(init: str) -> None:
 def test_an_unknown_initialisation_names_the_closest() -> None:
     with pytest.raises(OptionError, match="did you mean 'orthogonal'"):
         stand_in(nn.Linear(4, 4), 2, "ortogonal")
+
+
+BUILT: dict[str, Callable[[int], Any]] = {
+    "linear core": lambda r: LowRankLinear(300, 400, r, core=True),
+    "linear blocks": lambda r: LowRankLinear(200, 600, r, blocks=3),
+    "conv1d groups": lambda r: LowRankConv1d(200, 300, 3, r, groups=2),
+    "conv3d": lambda r: LowRankConv3d(20, 200, 2, r),
+    "separable": lambda r: LowRankSeparableConv2d(70, 80, (3, 2), r),
+    "transposed": lambda r: LowRankConvTranspose2d(200, 40, 2, r),
+}
+
+
+@pytest.mark.parametrize("build", BUILT.values(), ids=BUILT)
+@pytest.mark.parametrize("rank", [16, 96])
+def test_built_directly_the_product_has_a_default_dense_layers_variance(
+    build: Callable[[int], Any], rank: int
+) -> None:
+    torch.manual_seed(rank)  # torch's initialisers draw from the global generator
+    low = build(rank)
+    fan_in = low.weight[0].numel()
+    assert_close(mean_square(low), torch.full((low.blocks,), 1 / (3 * fan_in)), rtol=0.15, atol=0)
+    assert 0.8 * fan_in**-0.5 < float(low.u.bias.detach().abs().max()) <= fan_in**-0.5
+    dense = low.dense_like()
+    dense.reset_parameters()
+    assert_close(mean_square(low), dense.weight.detach().var().expand(low.blocks), rtol=0.2, atol=0)

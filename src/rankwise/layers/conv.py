@@ -231,10 +231,7 @@ def depthwise(stand_in: type[LowRankLayer], dense: Any) -> str:
 
 def norm_obstacle(what: str) -> str:
     """Why a BatchNorm cannot stand before a map that has a kernel."""
-    return (
-        f"{what} has no BatchNorm between its factors: the second map has a kernel, so that the "
-        "shift of the codes would be no bias at the borders"
-    )
+    return f"{what} takes no norm: its second map has a kernel, so the codes' shift is no bias"
 
 
 def memory_format(*weights: Tensor) -> torch.memory_format:
