@@ -1,0 +1,241 @@
+"""Decay of products instead of factors (2105.01029): what it acts on, and one step of it.
+
+Coupled decay (SGD, Adam) adds lambda times the penalty's gradient to the gradients; decoupled
+decay (AdamW) takes lr * lambda times it off the weights, before the optimizer's own update, where
+torch's AdamW decays too. Either way it stands in place of weight decay on the factors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from rankwise.errors import LifeCycleError, OptionError, SelectionError
+from rankwise.layers import LowRankLayer
+from rankwise.method import NO_CHANGE, Change, Context, Successors
+from rankwise.optim.heads import head_products
+from rankwise.optim.penalties import left_product, parse_penalty, pulls, right_product
+from rankwise.optim.products import Part, Product, layer_products
+
+logger = logging.getLogger(__name__)
+
+ROLE = "factors"  # the parameter group without weight decay
+Scales = Callable[[Parameter], tuple[float, float]]
+
+
+@torch.no_grad()
+def decay_gradients(product: Product, terms: Mapping[str, float]) -> list[Tensor]:
+    """Gradients of a sum of penalties in the shapes of a product's parts, float32 or better."""
+    u, *core, v = product.factors()
+    of_u, of_core, of_v = pulls(u, v, core[0] if core else None, terms)
+    middle = () if of_core is None else (of_core,)
+    return list(product.to_parts((right_product(u, of_u), *middle, left_product(of_v, v))))
+
+
+def decay_(
+    products: Iterable[Product],
+    terms: Mapping[str, float],
+    scales: Scales,
+) -> int:
+    """One step of decay on every product whose parts got gradients.
+
+    Args:
+        products: what decays.
+        terms: see `parse_penalty`.
+        scales: of a parameter: what the penalty's gradient is multiplied by before it is added to
+            the parameter's gradient, and before it is added to the parameter itself.
+
+    Returns:
+        How many parts it acted on. As with weight decay in torch, a parameter without gradient
+        (frozen, or unused in this step) is left alone.
+
+    Raises:
+        OptionError: a sparse gradient, to which a dense decay cannot be added.
+    """
+    count = 0
+    for product in products:
+        todo = [
+            (i, part) for i, part in enumerate(product.parts) if part.parameter.grad is not None
+        ]
+        factors = {i: scales(part.parameter) for i, part in todo}
+        if not any(any(pair) for pair in factors.values()):
+            continue
+        gradients = decay_gradients(product, terms)
+        for i, part in todo:
+            grad: Any = part.parameter.grad
+            if grad.is_sparse:
+                raise OptionError(
+                    f"{product.name} gets sparse gradients, to which no decay can be added; build "
+                    "its embedding with sparse=False, or exclude it"
+                )
+            for target, scale in zip((grad, part.parameter.detach()), factors[i], strict=True):
+                if scale:
+                    part.of(target).add_(gradients[i], alpha=scale)
+        count += len(todo)
+    return count
+
+
+def frobenius_decay_(
+    model: nn.Module, strength: float, *, kind: str = "frobenius", lr: float | None = None
+) -> None:
+    """Frobenius decay of all low-rank layers of a model, for any training loop.
+
+    Call it once per optimizer step: after the gradients are complete (accumulated, reduced,
+    unscaled, clipped), before `optimizer.step()`, with the factors in a parameter group without
+    weight decay. Decays (strength / 2) |U V|_F^2 through R x R Gram matrices, computed in float32
+    or better whatever the dtype of the weights (2105.01029, section 3.2).
+
+    Args:
+        model: holds low-rank layers, or is one; wrappers (DDP) are looked through.
+        strength: lambda, in units of `weight_decay`; 0 or more.
+        kind: "frobenius", "kronecker", "l2", or a sum such as "frobenius+0.1*l2"; see
+            `rankwise.optim.penalties.penalty`.
+        lr: None adds to the gradients (coupled: SGD, Adam); the learning rate of this step takes
+            lr * strength times the penalty's gradient off the weights (decoupled: AdamW).
+
+    Raises:
+        SelectionError: no low-rank layer in the model.
+        LifeCycleError: no factor has a gradient yet.
+        OptionError: an unknown `kind`, a negative number, a BatchNorm between factors.
+
+    Example:
+        >>> import rankwise
+        >>> model = rankwise.layers.LowRankLinear(64, 64, rank=8)
+        >>> model(torch.ones(4, 64)).sum().backward()
+        >>> frobenius_decay_(model, 1e-4)
+    """
+    for name, value in (("strength", strength), ("lr", lr)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise OptionError(f"{name}={value!r} must be 0 or more, and finite")
+    terms, products = parse_penalty(kind), layer_products(model)
+    if not products:
+        raise SelectionError(
+            f"{type(model).__name__} holds no low-rank layer to decay; factorize() makes them"
+        )
+    scales = (strength, 0.0) if lr is None else (0.0, -lr * strength)
+    ready = any(part.parameter.grad is not None for p in products for part in p.parts)
+    if not ready:
+        raise LifeCycleError(
+            "no factor has a gradient; call frobenius_decay_ between backward() and step()"
+        )
+    with torch.autocast(products[0].parts[0].parameter.device.type, enabled=False):
+        decay_(products, terms, lambda parameter: scales)
+
+
+class RunDecay:
+    """The decay of a run's products, in place of weight decay on their factors.
+
+    Coupled or decoupled as the optimizer's own weight decay; products are found anew after
+    `forget`.
+
+    Args:
+        kind: a sum of penalties, or "none".
+        strength: lambda; None for the weight decay that the user gave each factor, or the weight
+            that it stems from.
+        attention: forms of attention that decay too: "none", "qk", "ov", "qk+ov".
+
+    Raises:
+        OptionError: unknown `kind`.
+    """
+
+    def __init__(self, kind: str, strength: float | None, attention: str = "none") -> None:
+        self._terms, self._strength, self._attention = parse_penalty(kind), strength, attention
+        self._products: list[Product] | None = None
+        self._rest: list[Part] = []
+        self._warned = False
+
+    def take(self, model: nn.Module) -> Change:
+        """Move the factors that are there already out of the optimizer's weight decay.
+
+        Raises:
+            SelectionError: forms of attention are asked for, and there is none.
+            FactorizeError: a form that does not hold in this model.
+        """
+        if not self._terms:
+            return NO_CHANGE
+        held = {part.parameter: None for p in self._find(model) for part in p.parts}
+        return Change(added={p: Successors((p,), role=ROLE) for p in held})
+
+    def amend(self, change: Change) -> Change:
+        """A change whose new factors go into the group without weight decay."""
+        new = [layer for _, layer in change.modules.values() if isinstance(layer, LowRankLayer)]
+        held = {getattr(layer, part).weight for layer in new for part in layer.parts}
+        placed = {
+            p: dataclasses.replace(s, role=ROLE) if held.intersection(s.parameters) else s
+            for p, s in change.replaced.items()
+        }
+        return dataclasses.replace(change, replaced=placed) if self._terms else change
+
+    def roles(self) -> Mapping[str, Mapping[str, Any]]:
+        """The parameter group that the factors are in."""
+        return {ROLE: {"weight_decay": 0.0}} if self._terms else {}
+
+    def forget(self) -> None:
+        """The structure has changed."""
+        self._products = None
+
+    def step(self, model: nn.Module, context: Context) -> None:
+        """Decay once: call it with complete gradients, before the optimizer's step."""
+        if not self._terms:
+            return
+        products, scales = self._find(model), self._scales(context)
+        acted = decay_(products, self._terms, scales)
+        for part in self._rest:
+            acted += _decay_plainly(part, scales(part.parameter))
+        if products and not acted and not self._warned:
+            self._warned = True
+            logger.warning(
+                "no decay: the weight decay that the factors would have had is 0, or none of them "
+                "has a gradient; set weight_decay on the optimizer, or strength="
+            )
+
+    def _find(self, model: nn.Module) -> list[Product]:
+        if self._products is None:
+            heads = head_products(model, self._attention)
+            self._products = [*layer_products(model), *heads]
+            self._rest = _rest_of_packed(heads)
+        return self._products
+
+    def _scales(self, context: Context) -> Scales:
+        options = context.options
+        assert options is not None
+
+        def scales(parameter: Parameter) -> tuple[float, float]:
+            given = self._strength
+            wanted = context.weight_decay(parameter) if given is None else given
+            if options.decoupled_decay(parameter):
+                return 0.0, -context.learning_rate(parameter) * wanted
+            group = options.group(parameter) or {}
+            return (-wanted if group.get("maximize") else wanted), 0.0
+
+        return scales
+
+
+def _rest_of_packed(products: Iterable[Product]) -> list[Part]:
+    """Rows that share a parameter with a product, but belong to none: values, beside "qk" alone."""
+    used: dict[Parameter, Tensor] = {}
+    for part in (part for product in products for part in product.parts):
+        rows = used.setdefault(part.parameter, torch.zeros(len(part.parameter), dtype=torch.bool))
+        part.of(rows).fill_(True)
+    rest = []
+    for parameter, rows in used.items():
+        free = (~rows).nonzero().flatten().tolist()
+        rest += [Part(parameter, (free[0], free[-1] + 1))] if free else []
+    return rest
+
+
+@torch.no_grad()
+def _decay_plainly(part: Part, scales: tuple[float, float]) -> int:
+    """Weight decay of rows whose parameter is in the group without it."""
+    weight, grad = part.parameter, part.parameter.grad
+    if grad is None or not any(scales):
+        return 0
+    part.of(grad).add_(part.of(weight), alpha=scales[0])
+    part.of(weight).mul_(1 + scales[1])
+    return 1
