@@ -3,14 +3,51 @@
 from __future__ import annotations
 
 from rankwise.method import Method
+from rankwise.methods.apollo import Apollo, ApolloMini
 from rankwise.methods.dense import Dense
+from rankwise.methods.dion import Dion
+from rankwise.methods.factor_decay import FactorDecay
 from rankwise.methods.factorized import Factorized
+from rankwise.methods.fira import Fira
+from rankwise.methods.frugal import Frugal
+from rankwise.methods.galore import GaLore
+from rankwise.methods.ldadam import LDAdam
 from rankwise.methods.pufferfish import Pufferfish
+from rankwise.methods.qgalore import QGaLore
+from rankwise.methods.sifd import SIFD
+from rankwise.methods.tracked import Tracked
 
 METHODS: dict[str, type[Method]] = {
+    "apollo": Apollo,
+    "apollo-mini": ApolloMini,
     "dense": Dense,
+    "dion": Dion,
+    "factor-decay": FactorDecay,
     "factorized": Factorized,
+    "fira": Fira,
+    "frugal": Frugal,
+    "galore": GaLore,
+    "ldadam": LDAdam,
     "pufferfish": Pufferfish,
+    "qgalore": QGaLore,
+    "sifd": SIFD,
+    "tracked": Tracked,
 }
 
-__all__ = ["METHODS", "Dense", "Factorized", "Pufferfish"]
+__all__ = [
+    "METHODS",
+    "SIFD",
+    "Apollo",
+    "ApolloMini",
+    "Dense",
+    "Dion",
+    "FactorDecay",
+    "Factorized",
+    "Fira",
+    "Frugal",
+    "GaLore",
+    "LDAdam",
+    "Pufferfish",
+    "QGaLore",
+    "Tracked",
+]
