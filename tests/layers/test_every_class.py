@@ -333,6 +333,25 @@ def test_an_empty_batch_passes_as_in_the_dense_layer(name: str) -> None:
 
 
 @every_case
+def test_attributes_that_parents_read_are_the_dense_layers(case: Case) -> None:
+    dense = case.dense()
+    low = case.low(dense, 1)
+    for name in type(low).settings:
+        assert getattr(low, name) == getattr(dense, name)
+
+
+def test_attributes_of_a_layer_built_directly_are_those_of_torchs() -> None:
+    arguments: Any = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1}
+    for kind in KINDS.values():
+        if "kernel_size" in kind.settings:
+            low: Any = kind(rank=2, **arguments)
+            dense: Any = kind.dense_class(**arguments)
+            assert {n: getattr(low, n) for n in kind.settings} == {
+                n: getattr(dense, n) for n in kind.settings
+            }
+
+
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_rounds_but_does_not_change_the_layer(
     case: Case, dtype: torch.dtype

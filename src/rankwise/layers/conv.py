@@ -100,7 +100,8 @@ class LowRankConv(LowRankLayer):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.rank, self.groups, self.blocks = rank, groups, groups
         self.kernel_size, self.padding_mode = kernel, padding_mode
-        self.stride, self.padding, self.dilation = stride, padding, dilation
+        # As nn.Conv2d keeps them, one number for each dimension: parents read them.
+        self.stride, self.padding, self.dilation = self.v.stride, self.v.padding, self.v.dilation
         self.reset_parameters()
 
     @classmethod

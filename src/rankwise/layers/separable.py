@@ -99,7 +99,8 @@ class LowRankSeparableConv2d(LowRankLayer):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.rank, self.groups, self.blocks = rank, 1, 1
         self.kernel_size, self.padding_mode = kernel, padding_mode
-        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.stride, self.dilation = (down, across), (tall, wide)
+        self.padding = padding if isinstance(padding, str) else (above, beside)
         self.reset_parameters()
 
     @classmethod

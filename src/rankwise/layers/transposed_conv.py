@@ -102,8 +102,9 @@ class LowRankConvTranspose(LowRankLayer):
         )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.rank, self.groups, self.blocks = rank, groups, groups
-        self.kernel_size, self.stride, self.dilation = kernel, stride, dilation
-        self.padding, self.output_padding, self.padding_mode = padding, output_padding, "zeros"
+        self.kernel_size, self.padding_mode = kernel, "zeros"
+        self.stride, self.dilation = self.u.stride, self.u.dilation
+        self.padding, self.output_padding = self.u.padding, self.u.output_padding
         self.reset_parameters()
 
     @classmethod
