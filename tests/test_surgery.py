@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
-from rankwise import accounting, surgery
+from rankwise import surgery
 from rankwise.errors import FactorizeError, OptionError, PlanError, SelectionError
 from rankwise.followers import give_structure, inside
 from rankwise.layers import LowRankConv2d, LowRankLinear
@@ -92,6 +91,13 @@ class Language(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.body(self.embedding(tokens)))
+
+
+class Own(nn.Linear):
+    """A Linear whose forward is another."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
 
 
 # Functions, parameters, ties
@@ -521,172 +527,6 @@ def test_a_follower_of_another_model_is_refused() -> None:
     factorize(other, {"1": 3})
     with pytest.raises(PlanError, match="in the copy"):
         give_structure(model, other)
-
-
-# Selection
-
-
-class Crossed(nn.Module):
-    """Runs its layers in another order than it defines them; `spare` and `out` never run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.classifier, self.middle, self.other, self.stem, self.spare = (
-            nn.Linear(8, 8) for _ in range(5)
-        )
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.other(self.middle(self.stem(x)))
-        return self.classifier(self.attention(x, x, x, need_weights=False)[0])
-
-
-def chosen(reasons: dict[str, str]) -> list[str]:
-    return [name for name, reason in reasons.items() if not reason]
-
-
-def test_first_and_last_are_those_of_the_execution() -> None:
-    model = Crossed()
-    trace = accounting.trace(model, noise(1, 3, 8))
-    reasons = select(model, trace=trace)
-    parts = [f"attention.{part}" for part in ("q", "k", "v", "out_proj")]
-    assert chosen(reasons) == ["middle", "other", *parts, "spare"]
-    assert reasons["stem"] == "among the first 1 (keep_first)"
-    assert reasons["classifier"] == "among the last 1 (keep_last)"
-    assert list(reasons) == ["stem", "middle", "other", *parts, "classifier", "spare"]
-    kept = select(model, trace=trace, keep_first=2, keep_last=2)
-    assert chosen(kept) == ["other", *parts[:3], "spare"]
-    by_definition = chosen(select(model))
-    assert "stem" in by_definition
-    assert "classifier" not in by_definition
-
-
-def test_keeping_more_layers_than_there_are_keeps_all() -> None:
-    for first, last in ((0, 4), (9, 0), (2, 2)):
-        with pytest.raises(SelectionError, match=r"lower keep_first / keep_last"):
-            select(chain(8, 8, 8, 8), keep_first=first, keep_last=last)
-
-
-@pytest.mark.parametrize("count", [-1, 1.5, True, "1", None])
-def test_a_count_of_layers_is_a_whole_number(count: Any) -> None:
-    with pytest.raises(OptionError, match=r"keep_first=.* is no number of layers"):
-        select(chain(8, 8, 8), keep_first=count)
-
-
-@pytest.mark.parametrize(
-    ("layers", "exclude", "expected"),
-    [
-        ("*", (), ["0.0", "0.1", "1.0", "1.1"]),
-        ("0.*", (), ["0.0", "0.1"]),
-        ("0.0, 1.1", (), ["0.0", "1.1"]),
-        (["0.0", "1.?"], (), ["0.0", "1.0", "1.1"]),
-        ("*", "1.*", ["0.0", "0.1"]),
-        ("*", ["*.0"], ["0.1", "1.1"]),
-        (lambda name, module: module.out_features == 4, (), ["1.0"]),
-        ("*", lambda name, module: name.endswith("0"), ["0.1", "1.1"]),
-        ("auto", (), ["0.1", "1.0"]),
-        ("auto", "1.0", ["0.1"]),
-    ],
-)
-def test_layers_are_chosen_by_glob_list_or_predicate(
-    layers: Any, exclude: Any, expected: list[str]
-) -> None:
-    model = nn.Sequential(chain(8, 8, 8), chain(8, 4, 8))
-    assert chosen(select(model, layers, exclude)) == expected
-
-
-def test_a_pattern_that_matches_nothing_names_the_closest_layers() -> None:
-    model = nn.Sequential()
-    model.add_module("query", nn.Linear(8, 8))
-    model.add_module("value", nn.Linear(8, 8))
-    with pytest.raises(SelectionError, match=r"layers='qery' matches none of the 2 .* 'query'"):
-        select(model, "qery")
-    with pytest.raises(SelectionError, match=r"exclude='\*\.val' .* 'value'"):
-        select(model, "*", "*.val")
-    with pytest.raises(SelectionError, match="there are none"):
-        select(nn.ReLU(), "fc")
-    with pytest.raises(SelectionError, match="no layer of Sequential was selected"):
-        select(model, lambda name, module: False)
-    with pytest.raises(SelectionError, match=r"query: excluded; value: excluded"):
-        select(model, "*", "*")
-
-
-@pytest.mark.parametrize("layers", [None, 3, [1], True])
-def test_a_choice_that_is_no_choice_is_refused(layers: Any) -> None:
-    with pytest.raises(SelectionError, match="is no glob over layer names"):
-        select(chain(8, 8, 8), layers)
-
-
-def test_each_unsupported_layer_says_why() -> None:
-    model = nn.ModuleDict(
-        {
-            "depthwise": nn.Conv2d(4, 4, 3, groups=4),
-            "embedding": nn.Embedding(9, 4, max_norm=1.0),
-            "bag": nn.EmbeddingBag(9, 4),
-            "norm": nn.LayerNorm([4, 4]),
-            "bilinear": nn.Bilinear(4, 4, 4),
-            "own": Own(4, 4),
-            "complex": nn.Linear(4, 4, dtype=torch.complex64),
-            "normed": parametrizations.weight_norm(nn.Linear(4, 4)),
-            "spectral": parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)),
-            "pruned": prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5),
-        }
-    )
-    before = copy.deepcopy(model.state_dict())
-    words = {
-        "depthwise": "depthwise",
-        "embedding": "max_norm rescales",
-        "bag": "EmbeddingBag has no low-rank form",
-        "norm": "LayerNorm has no low-rank form",
-        "bilinear": "Bilinear has no low-rank form",
-        "own": "Own has a forward of its own",
-        "complex": "torch.complex64",
-        "normed": "computed from other parameters",
-        "spectral": "computed from other parameters",
-        "pruned": "computed from other parameters",
-    }
-    candidates = survey(model)
-    assert list(candidates) == list(words)
-    for name, reason in words.items():
-        assert reason in candidates[name].obstacle
-        with pytest.raises(SelectionError, match=name):
-            select(model, name)
-        with pytest.raises(FactorizeError, match=f"{name} cannot be low-rank"):
-            factorize(model, {name: 2})
-    after = model.state_dict()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-class Own(nn.Linear):
-    """A Linear whose forward is another."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).relu()
-
-
-def test_matrices_that_no_line_of_the_plan_covers_are_named() -> None:
-    model = nn.ModuleDict({"lstm": nn.LSTM(8, 8), "a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
-    decided = plan(model, 2, keep_first=0, keep_last=0)
-    assert set(decided.ranks) == {"a", "b"}
-    assert any("lstm (LSTM)" in note for note in decided.notes)
-    with pytest.raises(SelectionError, match=r"lstm \(LSTM\) has no low-rank form here"):
-        select(model, "lstm")
-
-
-def test_a_layer_is_not_factorised_twice() -> None:
-    model = chain(8, 8, 8)
-    factorize(model, {"0": 4})
-    assert list(survey(model)) == ["1"]
-    with pytest.raises(SelectionError, match="0 is low-rank already"):
-        select(model, "0")
-    with pytest.raises(SelectionError, match=r"unknown layer '0'"):
-        factorize(model, {"0": 2})
-
-
-def test_a_lazy_layer_is_asked_to_see_its_input_first() -> None:
-    model = nn.Sequential(nn.LazyLinear(8), nn.LazyLinear(8))
-    with pytest.raises(SelectionError, match=r"0 \(LazyLinear\) has no shape yet"):
-        survey(model)
 
 
 def test_a_mapping_or_plan_beside_a_choice_of_layers_is_refused() -> None:

@@ -32,7 +32,8 @@ def spectral_factors(
 
     Returns:
         U (..., M, R) and V (..., R, N) in the working dtype, with U^T U = V V^T; with a core
-        C (..., R, R) between them.
+        C (..., R, R) between them. Where a singular value is exactly 0, U has zeros and V a unit
+        vector, so that the product can still learn.
 
     Raises:
         FactorizeError: values that are not finite, or a decomposition that failed.
@@ -47,8 +48,10 @@ def spectral_factors(
         raise FactorizeError(f"the SVD did not converge: {error}") from error
     s = s[..., :rank]
     share = torch.ones_like(s) if ones else s.pow(1 / 3) if core else s.sqrt()
-    u, v = u[..., :rank] * share[..., None, :], share[..., :, None] * vh[..., :rank, :]
-    return (u, torch.diag_embed(share), v) if core else (u, v)
+    # Zero in every factor would be zero in every gradient, for good: a zero matrix could not learn.
+    other = torch.where(share > 0, share, 1)
+    u, v = u[..., :rank] * share[..., None, :], other[..., :, None] * vh[..., :rank, :]
+    return (u, torch.diag_embed(other), v) if core else (u, v)
 
 
 def carry_first(moment: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
