@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rankwise import checkpoint, data, distributed, models, ranks
+from rankwise import accounting, checkpoint, data, distributed, models, ranks
 from rankwise.cli import tables
 from rankwise.cli.console import Live, Plain, console
 from rankwise.errors import OptionError, unknown
@@ -83,16 +83,18 @@ def plan_command(asked: argparse.Namespace) -> int:
         splits = setup.load_data(dataclasses.replace(Recipe(), data=asked.data))
         sample, _ = splits.train.take(torch.zeros(1, dtype=torch.int64))
         shape, classes = tuple(sample.shape[1:]), classes or len(splits.classes)
-    model = models.build(asked.model, classes=classes, input_shape=shape)
+    rule = ranks.as_rule(method.ranks)
+    model, sample, notes = _network(asked.model, classes, shape, real=rule.reads_weights)
     plan = ranks.plan(
         model,
-        ranks.as_rule(method.ranks),
-        models.sample(asked.model, input_shape=shape),
+        rule,
+        sample,
         layers=method.layers,
         exclude=method.exclude,
         keep_first=method.keep_first,
         keep_last=method.keep_last,
     )
+    plan = dataclasses.replace(plan, notes=(*plan.notes, *notes))
     console.print(tables.plan(plan))
     return 0
 
@@ -124,9 +126,16 @@ def methods_command(asked: argparse.Namespace) -> int:
     return 0
 
 
-def models_command(_: argparse.Namespace) -> int:
-    """`rankwise models`."""
-    console.print(_listed("network", models.MODELS))
+def models_command(asked: argparse.Namespace) -> int:
+    """`rankwise models [PATTERN]`."""
+    if asked.pattern is not None:
+        for name in models.listed(asked.pattern):
+            console.print(name, highlight=False, markup=False)
+        return 0
+    table = _listed("network", {**models.MODELS, **models.SIZES})
+    for library in models.LIBRARIES:
+        table.add_row(f"{library}:NAME", f"`rankwise models {library}:` lists them")
+    console.print(table)
     return 0
 
 
@@ -159,6 +168,39 @@ def _recipe(asked: argparse.Namespace, stored: Mapping[str, Any] | None) -> Reci
     values.update(asked.recipe_flags)
     values["method_options"] = {**values["method_options"], **asked.method_options}
     return Recipe.from_mapping(values)
+
+
+def _network(
+    name: str, classes: int | None, shape: tuple[int, ...] | None, *, real: bool
+) -> tuple[Any, Any, list[str]]:
+    """A network to plan for, an input if it reads one here, and what to say about the two.
+
+    It is built without storage unless its weights or the values of its input matter.
+    """
+    import torch
+
+    def make(device: str) -> Any:
+        with torch.device(device):
+            return models.build(name, classes=classes, input_shape=shape)
+
+    model, sample = make("cpu" if real else "meta"), models.sample(name, input_shape=shape)
+    given = sample if isinstance(sample, Mapping) else {"input": sample}
+    shapes = [f"{key} {tuple(v.shape)}" for key, v in given.items() if hasattr(v, "shape")]
+    notes = [f"counted for one input: {', '.join(shapes)}"]
+    if real:
+        return model, sample, notes
+    try:
+        accounting.trace(model, sample)
+    except Exception as error:
+        # The path of its forward depends on values, which such tensors do not have.
+        if accounting.parameters(model).bytes <= _MOST_BYTES:
+            return make("cpu"), sample, notes
+        why = " ".join(str(error).split())[:200]
+        return model, None, [f"no order of execution and no FLOPs: its forward failed ({why})"]
+    return model, sample, notes
+
+
+_MOST_BYTES = 2**31  # of a network that is built with storage only to see its forward
 
 
 def _reporter() -> Plain:

@@ -83,7 +83,10 @@ def _parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
 
     methods = _command(made, "methods", "list the methods, or the options of one")
     methods.add_argument("name", nargs="?", help="show the options of this method")
-    _command(made, "models", "list the networks")
+    models = _command(made, "models", "list the networks, or those of a library")
+    models.add_argument(
+        "pattern", nargs="?", metavar="LIBRARY:GLOB", help="such as timm:, 'timm:*resnet*'"
+    )
     _command(made, "data", "list the data sets")
     return parser, dict(made.choices)
 

@@ -46,10 +46,11 @@ def build_model(recipe: Recipe, splits: data.DataSet, device: torch.device) -> n
     Raises:
         OptionError: an unknown network, or one for another task than that of the data.
     """
-    suited = [name for name, entry in models.MODELS.items() if entry.task == splits.task]
-    if recipe.model in models.MODELS and recipe.model not in suited:
+    task = models.find(recipe.model).task
+    if task != splits.task:
+        suited = [name for name, entry in models.MODELS.items() if entry.task == splits.task]
         raise OptionError(
-            f"{recipe.model} is a network for {models.MODELS[recipe.model].task}, but "
+            f"{recipe.model} is a network for {task}, but "
             f"{recipe.data} is data for {splits.task}; choose another --data, or a --model among "
             f"{', '.join(suited)}"
         )

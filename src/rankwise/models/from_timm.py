@@ -1,0 +1,66 @@
+"""Networks of timm by name (`timm:resnet50`), built from its code without any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise.models.entry import Model
+from rankwise.models.reference import Reference, arguments, check_image, check_name, load
+
+
+def names(reference: Reference) -> list[str]:
+    """Every network that timm can build."""
+    timm: Any = load(reference)
+    return timm.list_models()
+
+
+def find(reference: Reference) -> Model:
+    """The entry of a timm network.
+
+    Raises:
+        OptionError: timm is missing, or knows no such network or argument.
+    """
+    timm: Any = load(reference)
+    # A tag says whose weights (`resnet50.a1_in1k`); the network is the same.
+    plain = reference.name.partition(".")[0]
+    check_name(Reference("timm", plain, {}), timm.list_models())
+    with torch.device("meta"):
+        kind = type(_build(reference, timm, {}))
+    allowed = arguments(kind)
+    if "img_size" in allowed:
+        allowed["img_size"] = None  # a side, or height and width
+    reference.check(allowed)
+    asked, published = reference.overrides, timm.get_pretrained_cfg(plain)
+    channels, height, width = published.input_size if published else (3, 224, 224)
+    size = asked.get("img_size", (height, width))
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    usual = (asked.get("in_chans", channels), height, width)
+    classes = asked.get("num_classes", published.num_classes if published else 1000)
+
+    def make(outputs: int, shape: tuple[int, ...]) -> nn.Module:
+        wanted: dict[str, Any] = {} if outputs == classes else {"num_classes": outputs}
+        if shape != usual:
+            check_image(reference, shape)
+            if shape[0] != usual[0]:
+                wanted["in_chans"] = shape[0]
+            if shape[1:] != usual[1:] and "img_size" in allowed:
+                wanted["img_size"] = shape[1:]
+        return _build(reference, timm, reference.settle(wanted))
+
+    return Model(
+        description=f"{kind.__name__} of timm, {classes} classes",
+        make=make,
+        classes=classes,
+        input_shape=usual,
+    )
+
+
+def _build(reference: Reference, timm: Any, given: Mapping[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(reference.name, pretrained=False, **given)
+    except Exception as error:
+        raise reference.error(f"cannot be built with {dict(given)}: {error}") from error
