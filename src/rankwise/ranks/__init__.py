@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rankwise.ranks import estimators
 from rankwise.ranks.budget import Budget
 from rankwise.ranks.plan import LayerPlan, Plan
 from rankwise.ranks.planning import factorize, plan
@@ -28,6 +29,7 @@ __all__ = [
     "ScaledStableRank",
     "StableRank",
     "as_rule",
+    "estimators",
     "factorize",
     "plan",
     "present",

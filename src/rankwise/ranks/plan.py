@@ -137,16 +137,24 @@ class Plan:
     def with_ranks(self, ranks: Mapping[str, int | None]) -> Plan:
         """The same plan with other ranks for some layers; None leaves one dense.
 
+        Layers that share a weight change together.
+
         Raises:
-            PlanError: no such layer, or a rank outside 1 ... full rank.
+            PlanError: no such layer, two ranks for one weight, or one outside 1 ... full rank.
         """
-        names = [layer.name for layer in self.layers]
-        for name in ranks:
-            stored.check_name(name, names)
+        owner = {layer.name: layer.tied or layer.name for layer in self.layers}
+        asked: dict[str, int | None] = {}
+        for name, rank in ranks.items():
+            stored.check_name(name, owner)
+            if asked.setdefault(owner[name], rank) != rank:
+                raise PlanError(
+                    f"layer {name} shares its weight with {owner[name]}, but is given the rank "
+                    f"{rank} and not {asked[owner[name]]}"
+                )
         return dataclasses.replace(
             self,
             layers=tuple(
-                _with_rank(layer, ranks[layer.name]) if layer.name in ranks else layer
+                _with_rank(layer, asked[owner[layer.name]]) if owner[layer.name] in asked else layer
                 for layer in self.layers
             ),
         )
