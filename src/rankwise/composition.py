@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from rankwise.errors import CompositionError, LifeCycleError, OptionError
 from rankwise.method import Change, Method
 from rankwise.optim.groups import held_by
+from rankwise.optim.probe import depends_on_values
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,42 @@ def check_clip_norm(clip_norm: float | None) -> None:
     """
     if clip_norm is not None and not clip_norm > 0:
         raise OptionError(f"clip_norm={clip_norm} must be above 0; leave it out not to clip")
+
+
+def clip_gradients(optimizer: Optimizer, norm: float) -> None:
+    """Clip the global norm of all gradients that the optimizer steps by.
+
+    The gradient of a proxy is asked of the weight it stands for, which knows what was left out.
+    """
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grad_norm_([getattr(p, "stands_for", p) for p in held], norm)
+
+
+def check_proxies(methods: Sequence[Method], optimizer: Optimizer) -> None:
+    """Refuse an optimizer that cannot step proxies, if a method projects gradients.
+
+    Raises:
+        LifeCycleError: its updates depend on the values of the parameters, or its moments cannot
+            be turned as the method asks.
+    """
+    for method in methods:
+        if "low-rank gradients" not in method.provides:
+            continue
+        asked, cls = type(method).__name__, type(optimizer)
+        reason = depends_on_values(optimizer)
+        if reason:
+            raise LifeCycleError(
+                f"{asked} cannot use {cls.__name__}, which {reason}: it would step proxies that "
+                "are zero before every step; take one whose updates depend on gradients alone, "
+                "such as AdamW, SGD, Lion or Muon"
+            )
+        rule = getattr(method, "moments_rule", "keep")
+        if rule != "keep" and cls.__module__.partition(".")[0] == "bitsandbytes":
+            raise LifeCycleError(
+                f"{asked} would {rule} the moments of {cls.__name__} with each new basis, but "
+                "they are stored in codes of bitsandbytes; take moments='keep', or the 8-bit "
+                "optimizers of torchao"
+            )
 
 
 def check_step(closure: object = None, *others: object, **keywords: object) -> None:

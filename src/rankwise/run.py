@@ -178,8 +178,7 @@ class Run:
             )
             self._unproven = []
         if self.clip_norm is not None:
-            held = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(held, self.clip_norm)
+            composition.clip_gradients(self.optimizer, self.clip_norm)
         factor = math.prod(method.lr_scale(self.step + 1) for method in self.methods)
         self.context.lr_factor = factor
         with ordinary_mode():
@@ -305,6 +304,7 @@ class Run:
     ) -> None:
         given = isinstance(optimizer, Optimizer)
         self.optimizer = optimizer if given else composition.made_by(optimizer, self.bare)
+        composition.check_proxies(self.methods, self.optimizer)
         for method in self.methods:
             open_roles(self.optimizer, method.roles())
         if prepared:

@@ -162,6 +162,9 @@ class LowRankGrad(torch.Tensor):
         held = "due" if self.small is None else f"as {tuple(self.small.shape)}"
         return f"LowRankGrad({tuple(self.shape)}, {held}, of {self.projector.name})"
 
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.dense().detach().clone()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().detach().clone().__reduce_ex__(protocol)
 

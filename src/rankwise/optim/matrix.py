@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,15 @@ from rankwise.optim.low_rank_grad import LowRankGrad, Proxy
 from rankwise.optim.subspace import LowBitBasis
 
 SIDES = ("short", "left", "right", "both")
+
+
+_AS_IT_IS = nullcontext()
+
+
+def _uncast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Products in the tensors' own precision, though backward is called inside autocast."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _AS_IT_IS
 
 
 class Keeper(Protocol):
@@ -149,10 +158,11 @@ class ProjectedMatrix:
     def lift(self, small: Tensor) -> Tensor:
         """Back to W's shape, as a new tensor."""
         left, right = (self._factor(side, small.dtype) for side in ("left", "right"))
-        if left is not None:
-            small = left @ small
-        if right is not None:
-            small = small @ right.mT
+        with _uncast(small):
+            if left is not None:
+                small = left @ small
+            if right is not None:
+                small = small @ right.mT
         return small.reshape(self.local(self.weight).shape)
 
     def lift_into(self, target: Tensor, small: Tensor, alpha: float, keep: float = 1.0) -> None:
@@ -181,7 +191,7 @@ class ProjectedMatrix:
 
     # ------------------------------------------------------------------ the gradient
 
-    def watch(self, reduce: Callable[[Tensor], None] | None = None) -> None:
+    def watch(self) -> None:
         """Project the gradient as soon as backward has accumulated it, and free the dense one."""
         self._handle = self.weight.register_post_accumulate_grad_hook(self._on_accumulated)
 
@@ -219,12 +229,10 @@ class ProjectedMatrix:
         """Project what is held, after a refresh of the basis if one is due."""
         full = held.full
         assert full is not None
-        self.keeper.before_projection(self, full)
-        if self.identity:
-            held.small = full.flatten(1)
-        else:
-            held.small = self.project(full)
-        held.sketch = self.keeper.sketch(self, full)
+        with _uncast(full):
+            self.keeper.before_projection(self, full)
+            held.small = full.flatten(1) if self.identity else self.project(full)
+            held.sketch = self.keeper.sketch(self, full)
         if self.identity or not self.keeper.keeps_full():
             held.full = None
 
@@ -237,15 +245,15 @@ class ProjectedMatrix:
             return
         held.settle()
         held.seen = None
-        self.project_into(held.small, gradient, alpha)
+        with _uncast(gradient):
+            self.project_into(held.small, gradient, alpha)
+            sketch = self.keeper.sketch(self, gradient)
         if not self.identity and self.keeper.keeps_full():
-            more_full = gradient * alpha
-            held.full = more_full if held.full is None else held.full.add_(more_full)
-        more = self.keeper.sketch(self, gradient)
-        if more is not None:
-            held.sketch = (
-                more.mul_(alpha) if held.sketch is None else held.sketch.add_(more, alpha=alpha)
-            )
+            more = gradient * alpha
+            held.full = more if held.full is None else held.full.add_(more)
+        if sketch is not None:
+            sketch.mul_(alpha)
+            held.sketch = sketch if held.sketch is None else held.sketch.add_(sketch)
 
     def take(self) -> Tensor | None:
         """W's projected gradient, for the optimizer."""

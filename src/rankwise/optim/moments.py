@@ -60,10 +60,10 @@ def rotate_(
         steps = float(state["step"])
         scale_mean = 1 - group["betas"][0] ** steps
         scale_second = 1 - group["betas"][1] ** steps
+    _refuse_unknown(state, name)
     for key, value in state.items():
-        kind = STATE_KINDS.get(key)
         moment = isinstance(value, Tensor) and value.dim() > 0
-        if moment and kind == "second":
+        if moment and STATE_KINDS.get(key) == "second":
             variance = widened(value) / scale_second
             if mean is None:
                 turned = square(variance)
@@ -71,19 +71,28 @@ def rotate_(
                 centre = mean / scale_mean
                 turned = square(variance - centre.square()).add_(turn(centre).square_()).abs_()
             value.copy_(turned.mul_(scale_second))
-        elif moment and kind is None:
-            raise LifeCycleError(
-                f"the optimizer keeps {key!r} ({type(value).__name__}) for {name}, of which it is "
-                "not known how it turns with the basis; give the method moments='keep'"
-            )
     for key, value in state.items():
         if STATE_KINDS.get(key) == "first" and isinstance(value, Tensor) and value.dim() > 0:
             value.copy_(turn(widened(value)))
 
 
 @torch.no_grad()
-def reset_(state: Mapping[str, Any]) -> None:
-    """Zero every moment of one proxy, in place; step counts stay."""
+def reset_(state: Mapping[str, Any], name: str) -> None:
+    """Zero every moment of one proxy, in place; step counts stay.
+
+    Raises:
+        LifeCycleError: a moment in a form of which it is not known what zero is.
+    """
+    _refuse_unknown(state, name)
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.dim() > 0 and STATE_KINDS.get(key) != "counter":
+        if isinstance(value, Tensor) and value.dim() > 0 and STATE_KINDS[key] != "counter":
             value.copy_(torch.zeros_like(widened(value)))
+
+
+def _refuse_unknown(state: Mapping[str, Any], name: str) -> None:
+    for key, value in state.items():
+        if key not in STATE_KINDS and isinstance(value, Tensor) and value.dim() > 0:
+            raise LifeCycleError(
+                f"the optimizer keeps {key!r} ({type(value).__name__}) for {name}, of which it is "
+                "not known how it follows a new basis; give the method moments='keep'"
+            )

@@ -19,6 +19,7 @@ from rankwise.method import Change, Context, Successors
 from rankwise.optim.choices import Choices
 from rankwise.optim.low_rank_grad import LowRankGrad
 from rankwise.optim.matrix import ProjectedMatrix
+from rankwise.optim.probe import inside_compiled_code
 from rankwise.optim.reduction import WorkerMean
 from rankwise.optim.refresh import Bases
 from rankwise.optim.rounding import compensated_, stochastic_
@@ -91,6 +92,12 @@ class ProjectedGradients:
     @torch.no_grad()
     def before_step(self) -> None:
         """Gradients are accumulated and clipped: what every form of update needs first."""
+        if inside_compiled_code():
+            raise LifeCycleError(
+                "optimizer.step was compiled, but torch.compile reads the gradients of proxies "
+                "past the code that projects them; step uncompiled (fused=True is as fast), and "
+                "compile the model alone"
+            )
         self._check_membership()
         self._moved = []
         for matrix in self.matrices.values():
@@ -134,14 +141,18 @@ class ProjectedGradients:
 
     def finalize(self) -> Change:
         """The weights take their places in the optimizer again; nothing watches gradients."""
-        if self.mean is not None:
-            self.mean.release()
+        self.release()
         pairs = [(m.weight, m.proxy) for m in self.matrices.values()]
-        for matrix in self.matrices.values():
-            matrix.release()
         return Change(
             added={p: Successors((w,)) for w, p in pairs}, frozen=tuple(p for _, p in pairs)
         )
+
+    def release(self) -> None:
+        """Watch gradients no longer."""
+        if self.mean is not None:
+            self.mean.release()
+        for matrix in self.matrices.values():
+            matrix.release()
 
     def state_dict(self) -> dict[str, Any]:
         """Bases and counters of every matrix."""

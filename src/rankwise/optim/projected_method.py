@@ -39,6 +39,13 @@ def projected(cls: M) -> M:
         self.engine = ProjectedGradients(model, weights, choices, self.context)
         return self.engine.begin()
 
+    def detach(self: Any) -> None:
+        """Leave a run that could not be started: nothing watches gradients any more."""
+        engine: ProjectedGradients | None = getattr(self, "engine", None)
+        if engine is not None:
+            engine.release()
+        Method.detach(self)
+
     def before_step(self: Any, model: nn.Module, step: int) -> None:
         """Everything that must precede the optimizer's step on the proxies."""
         self.engine.before_step()
@@ -67,8 +74,9 @@ def projected(cls: M) -> M:
             raise LifeCycleError("the checkpoint holds no bases; it was written by another method")
         self.engine.load_state_dict(state_dict)
 
-    hooks = (prepare, before_step, after_step, finalize, parameter_names, state_dict)
+    hooks = (prepare, detach, before_step, after_step, finalize, parameter_names, state_dict)
     for hook in (*hooks, load_state_dict):
         setattr(cls, hook.__name__, hook)
     setattr(cls, "resume", prepare)  # noqa: B010
+    setattr(cls, "moments_rule", property(lambda self: self.choices().moments))  # noqa: B010
     return cls

@@ -175,7 +175,7 @@ class Bases:
         for side, basis in bases.items():
             matrix.set_basis(side, basis, self.choices.bits)
         if rule == "reset":
-            moment_rules.reset_(state)
+            moment_rules.reset_(state, matrix.name)
         elif rule == "rotate":
             cosines = {side: old[side].mT @ matrix.basis(side) for side in bases}
             squares = {side: c.square() for side, c in cosines.items()}

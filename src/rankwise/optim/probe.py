@@ -1,0 +1,82 @@
+"""Can this optimizer step proxies? Its update must depend on gradients, not on the values it moves.
+
+A proxy starts every step at zero. An optimizer that reads the parameter (Adafactor's scale, LAMB's
+trust ratio, the distance from the start, averages of weights) would see that zero.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+# Parts of class or module names, and what they do with the value.
+_KNOWN = {
+    "adafactor": "scales its step by the parameter's root mean square",
+    "lamb": "scales its step by the parameter's norm",
+    "lars": "scales its step by the parameter's norm",
+    "schedulefree": "averages parameters",
+    "prodigy": "measures the distance from the first value",
+    "dadapt": "measures the distance from the first value",
+    "sam": "moves the parameter and back within a step",
+    "ademamix_master": "keeps master copies of the parameters",
+}
+_EXACT = frozenset({"sam", "lars", "lamb"})
+
+
+def depends_on_values(optimizer: Optimizer) -> str:
+    """Why an optimizer's updates depend on the parameters' values; empty if they do not.
+
+    Known ones by name. Others are tried: two fresh instances step parameters of different values
+    with the same gradients, without weight decay; one that cannot be built so is taken to be fit.
+    """
+    cls = type(optimizer)
+    words = (cls.__name__ + "." + cls.__module__).lower().replace("_", "")
+    for part, reason in _KNOWN.items():
+        if (part in words and part not in _EXACT) or cls.__name__.lower() == part:
+            return reason
+    if cls.__module__.partition(".")[0] in ("bitsandbytes", "torchao"):
+        return ""  # low-bit forms of Adam, Lion and the like: not to be built on toys
+    moved = _tried(optimizer)
+    if moved is None or torch.allclose(*moved, rtol=1e-4, atol=1e-7):
+        return ""
+    return "moved two parameters of different values differently by the same gradients"
+
+
+@torch.enable_grad()
+def _tried(optimizer: Optimizer) -> tuple[Tensor, Tensor] | None:
+    taken = inspect.signature(type(optimizer)).parameters
+    options: dict[str, Any] = {k: v for k, v in optimizer.defaults.items() if k in taken}
+    # Rates may be zero at the start of a warm-up, and tensors that captured graphs hold.
+    options |= {k: v for k, v in (("lr", 0.01), ("weight_decay", 0.0)) if k in taken}
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(6, 4, generator=generator) for _ in range(3)]
+    moved = []
+    for value in (0.0, 1.0):
+        start = value * torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+        parameter = Parameter(start.clone())
+        try:
+            toy = type(optimizer)([parameter], **options)
+            for gradient in gradients:
+                parameter.grad = gradient.clone()
+                toy.step()
+        except Exception:  # whatever a foreign class wants; it says so when it is used
+            return None
+        moved.append(parameter.detach() - start)
+    return moved[0], moved[1]
+
+
+def inside_compiled_code() -> bool:
+    """Whether the caller runs under torch.compile, in the Python between compiled parts."""
+    frame = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and "_dynamo" in code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
