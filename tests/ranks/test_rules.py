@@ -24,6 +24,8 @@ from rankwise.ranks import (
     StableRank,
     as_rule,
 )
+from rankwise.ranks.rules import Bounds
+from rankwise.ranks.shape import Cost
 
 NAN, INF = float("nan"), float("inf")
 
@@ -288,3 +290,115 @@ def test_what_is_no_rule_is_refused_with_examples(written: Any, message: str) ->
 def test_numbers_out_of_range_are_refused(written: Any) -> None:
     with pytest.raises(PlanError):
         as_rule(written)
+
+
+# Floors, caps and multiples
+
+
+@given(
+    st.integers(1, 80),
+    st.integers(1, 80),
+    st.integers(1, 80),
+    st.sampled_from([1, 2, 8, 16]),
+    st.floats(0, 100),
+    st.booleans(),
+)
+def test_a_fitted_rank_is_within_its_bounds_and_a_multiple_where_there_is_one(
+    full: int, low: int, high: int, multiple: int, wanted: float, up: bool
+) -> None:
+    low, high = sorted((min(low, full), min(high, full)))
+    bounds = Bounds(low, high, full, multiple)
+    rank = bounds.fit(wanted, up=up)
+    assert low <= rank <= high
+    allowed = [r for r in range(low, high + 1) if r % multiple == 0 or r == full]
+    if allowed:
+        assert rank in allowed
+        if up and wanted <= max(allowed):
+            assert rank == min(r for r in allowed if r >= wanted)
+    below = [r for r in allowed if r < full]
+    capped = high < full and not below
+    assert bounds.steps() == ([*range(low, high + 1)] if capped else below)
+
+
+@pytest.mark.parametrize("rule", [Ratio, lambda r, **o: Fixed(round(r * 64), **o)])
+def test_floors_and_caps_are_ranks_or_ratios_of_the_full_rank(rule: Any) -> None:
+    sizes = [(64, 64), (64, 1000), (16, 1000)]
+    assert decided(rule(0.1, floor=12, multiple=1), *sizes) == [12, 12, 12]
+    assert decided(rule(0.1, floor=0.25, multiple=1), *sizes)[:2] == [16, 16]
+    assert decided(rule(0.9, cap=0.25, multiple=1), *sizes) == [16, 16, 4]
+    assert decided(rule(0.9, cap=9, multiple=1), *sizes) == [9, 9, 9]
+    assert decided(rule(0.9, cap=9), *sizes)[0] in (8, 9)
+    assert decided(Ratio(0.9, cap=5), (64, 64)) == [5]  # no multiple of 8 is that low
+    assert decided(Ratio(0.01, floor=9), (64, 64)) == [16]
+    assert decided(Ratio(0.01, floor=9, cap=14), (64, 64)) == [9]
+
+
+def test_bounds_for_one_layer_stand_in_for_the_rules_own() -> None:
+    rule = Ratio(0.25, multiple=1, floor=20, overrides={"layer0": (None, 8), "layer1": (0.4, None)})
+    assert decided(rule, *[(64, 64)] * 3) == [8, 26, 20]
+    assert rule.assign(shapes((64, 64), (64, 64)))["layer0"].rank == 8
+
+
+def test_a_floor_does_not_lift_the_guard() -> None:
+    assert decided(Ratio(0.1, floor=40), (64, 64)) == [None]
+    assert decided(Ratio(0.1, floor=40, allow_growth=True), (64, 64)) == [40]
+    assert decided(Ratio(0.1, floor=100), (16, 1000)) == [None]  # above its full rank
+
+
+def test_bounds_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(PlanError, match="floor=9 is above cap=8"):
+        Ratio(0.5, floor=9, cap=8)
+    with pytest.raises(PlanError, match=r"layer0 \(64×64\): floor 0.5 is rank 32, above cap 8"):
+        decided(Ratio(0.5, floor=0.5, cap=8), (64, 64))
+    with pytest.raises(PlanError, match="overrides for 'fc': floor=9 is above cap=8"):
+        Ratio(0.5, overrides={"fc": (9, 8)})
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.0, 1.5, NAN, True, "8"])
+def test_a_bound_is_a_rank_or_a_ratio(value: Any) -> None:
+    with pytest.raises(PlanError, match="floor="):
+        Ratio(0.5, floor=value)
+    with pytest.raises(PlanError, match="cap="):
+        Ratio(0.5, cap=value)
+    with pytest.raises(PlanError, match="overrides for 'fc': cap="):
+        Ratio(0.5, overrides={"fc": (None, value)})
+
+
+# Blocks and cores
+
+
+@given(
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.booleans(),
+    st.booleans(),
+    st.integers(1, 4),
+)
+def test_break_even_with_blocks_and_a_core_by_brute_force(
+    rows: int, columns: int, norm: bool, core: bool, blocks: int
+) -> None:
+    shape = MatrixShape(rows, columns, norm, core, blocks)
+
+    def stored(rank: int) -> int:
+        codes = blocks * rank
+        square = blocks * rank * rank if core else 0
+        return codes * columns + codes * rows + (2 * codes if norm else 0) + square
+
+    assert shape.dense == blocks * rows * columns
+    assert [shape.cost(rank) for rank in range(1, 70)] == [stored(rank) for rank in range(1, 70)]
+    expected = next(r for r in range(1, 100) if stored(r) >= shape.dense)
+    assert shape.break_even == expected
+    # No BatchNorm and no bias is a product of matrices.
+    square = 2 * blocks * 5 * 5 if core else 0
+    assert shape.flops(5) == 2 * blocks * 5 * (rows + columns) + square
+
+
+@given(st.integers(1, 10**6), st.integers(0, 10**5), st.integers(0, 50))
+def test_break_even_of_any_cost(dense: int, linear: int, quadratic: int) -> None:
+    cost = Cost(dense, linear, quadratic)
+    found = cost.break_even
+    if found is None:
+        assert (linear, quadratic) == (0, 0)
+        return
+    assert cost.at(found) >= dense
+    assert found == 1 or cost.at(found - 1) < dense

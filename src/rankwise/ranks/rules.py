@@ -60,7 +60,7 @@ class Bounds:
     def fit(self, rank: float, *, up: bool = False) -> int:
         """The nearest allowed rank, or the next above; the bounds go before the multiple."""
         if rank >= self.full:
-            return self.high
+            return self.clamp(self.full)
         steps = rank / self.multiple
         return self.clamp(self.multiple * max(1, math.ceil(steps) if up else round(steps)))
 
@@ -70,7 +70,7 @@ class Bounds:
             below = self.high - self.high % self.multiple
             return self.high if self.high == self.full or below < self.low else below
         if rank < self.low:
-            above = self.low + -self.low % self.multiple
+            above = min(self.low + -self.low % self.multiple, self.full)
             return above if above <= self.high else self.low
         return rank
 
