@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,36 +19,9 @@ from rankwise import linalg
 from rankwise.errors import FactorizeError, LifeCycleError, PlanError
 from rankwise.layers.form import Form
 from rankwise.layers.initial import initial_factors
+from rankwise.layers.moments import FactorCarry
 
 PARTS = ("u", "core", "v")
-
-
-@dataclass(frozen=True, eq=False)
-class FactorCarry:
-    """Optimizer moments of a dense weight for the parameters of a low-rank layer, module order."""
-
-    layer: LowRankLayer
-
-    def first(self, moment: Tensor) -> tuple[Tensor | None, ...]:
-        factors = self.layer.factors()
-        return self._arrange(linalg.carry_first(self._matrix(moment), *factors), like=moment)
-
-    def second(self, moment: Tensor, first: Tensor | None) -> tuple[Tensor | None, ...]:
-        factors = self.layer.factors()
-        m = None if first is None else self._matrix(first)
-        return self._arrange(linalg.carry_second(self._matrix(moment), m, *factors), like=moment)
-
-    def _matrix(self, moment: Tensor) -> Tensor:
-        matrix = self.layer.as_matrix(moment, self.layer.blocks)
-        return matrix.to(linalg.working_dtype(self.layer.u.weight.dtype))
-
-    def _arrange(self, moments: tuple[Tensor, ...], like: Tensor) -> tuple[Tensor | None, ...]:
-        layer = self.layer
-        known = {
-            getattr(layer, part).weight: layer.from_factor(part, moment).to(like.dtype)
-            for part, moment in zip(layer.parts, moments, strict=True)
-        }
-        return tuple(known.get(p) for p in layer.new_parameters())
 
 
 class LowRankLayer(nn.Module, ABC):
