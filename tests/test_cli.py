@@ -19,6 +19,7 @@ from rankwise.cli import main
 from rankwise.cli.console import Live
 from rankwise.cli.parser import parse
 from rankwise.methods import METHODS
+from rankwise.ranks import Plan
 from rankwise.training import records
 from test_training import planted
 
@@ -108,6 +109,10 @@ def test_help_shows_defaults_units_and_choices(capsys):
         ("plan --input-shape 3,x", "input_shape='3,x' cannot be read"),
         ("plan --model resnet-small --input-shape 784", "three numbers"),
         ("plan --ranks bugdet=0.3", "unknown rank rule 'bugdet'; did you mean 'budget'?"),
+        ("plan --ranks sclaed-stable", "did you mean 'scaled-stable'?"),
+        ("plan --ranks energy", "lacks its number; write energy=0.5"),
+        ("plan --ranks energy=1.5", "energy 1.5 is outside (0, 1]"),
+        ("plan --ranks stable,flor=2", "unknown option 'flor'; did you mean 'floor'?"),
         ("plan --method.ranks 3", "takes no --method.ranks"),
         ("methods pufferfsh", "did you mean 'pufferfish'?"),
     ],
@@ -177,6 +182,19 @@ def test_compare_goes_on_with_a_run_that_was_stopped(capsys, small_images):
         train(recipe, report=StopAt(11))
     assert main(["compare", *TINY, "--methods", "dense,pufferfish", "--out", "all"]) == 0
     assert "resumed at step 11" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["energy=0.5", "stable", "scaled-stable, cap=0.25", "vbmf", "flops=0.6", "memory=0.6"],
+)
+def test_every_rank_rule_can_be_written(capsys, tmp_path, rule):
+    file = tmp_path / "plan.json"
+    asked = ["plan", "--model", "mlp-128x4", "--input-shape", "1,8,8", "--save", str(file)]
+    assert main([*asked, "--ranks", rule]) == 0
+    saved = Plan.load(file)
+    assert saved.ranks
+    assert saved.summary() in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_plan_is_shown_without_training(capsys, tmp_path):

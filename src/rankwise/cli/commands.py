@@ -96,6 +96,8 @@ def plan_command(asked: argparse.Namespace) -> int:
     )
     plan = dataclasses.replace(plan, notes=(*plan.notes, *notes))
     console.print(tables.plan(plan))
+    if asked.save is not None:
+        plan.save(asked.save)
     return 0
 
 

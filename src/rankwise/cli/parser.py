@@ -148,12 +148,16 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="outputs or vocabulary (default: the data's, or the model's)",
     )
+    parser.add_argument("--save", metavar="FILE.json", help="write the plan, to edit and to build")
     group = parser.add_argument_group("which layers, at which rank")
     for flag, metavar, described in (
         (
             "--ranks",
             "RULE",
-            "0.25: ratio of full rank; 32: rank; budget=0.3: share of parameters",
+            "0.25: ratio of full rank; 32: rank; budget=0.3, flops=0.5, memory=0.5: share of the "
+            "dense model's parameters, forward FLOPs, training memory; energy=0.9, stable, "
+            "scaled-stable, entropy, vbmf: from the weights; options after a comma: "
+            "'0.25, floor=8, cap=0.5, multiple=16'",
         ),
         ("--layers", "GLOBS", "auto, or globs over names, comma between"),
         ("--exclude", "GLOBS", "globs over names that stay dense"),

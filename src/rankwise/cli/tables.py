@@ -29,10 +29,10 @@ def plain(*columns: str) -> Table:
 
 def plan(plan: Plan) -> RenderableType:
     """The layers, their ranks, what that saves, and (below) why the others stay dense."""
-    table = _numbers("layer", "shape", "rank", "parameters", "ratio", "FLOPs")
+    table = _numbers("layer", "shape", "rank", "break-even", "parameters", "ratio", "FLOPs")
     reasons: list[str] = []
     for layer in plan.layers:
-        rank = f"{layer.rank} of {min(layer.rows, layer.columns)}"
+        rank = f"{layer.rank} of {layer.shape.full_rank}"
         if layer.rank is None:
             if layer.reason not in reasons:
                 reasons.append(layer.reason)
@@ -40,8 +40,9 @@ def plan(plan: Plan) -> RenderableType:
         low = layer.rank is not None
         table.add_row(
             layer.name,
-            f"{layer.rows}×{layer.columns}",
+            str(layer.shape),
             rank,
+            str(layer.break_even),
             _pair(layer.parameters, low),
             f"{layer.parameters[1] / layer.parameters[0]:.2f}" if low else "",
             _pair(layer.flops, low),

@@ -14,7 +14,7 @@ from torch import nn
 from rankwise.layers import INITS
 from rankwise.method import Change, Method
 from rankwise.options import option, validate
-from rankwise.ranks import Plan, Rule, as_rule, factorize, plan
+from rankwise.ranks import RULE_HELP, Plan, Rule, as_rule, factorize, plan
 
 
 @dataclass
@@ -31,9 +31,7 @@ class Factorized(Method):
         "low-rank weights": "both decide which layers are low-rank and at which rank"
     }
 
-    ranks: Rule | float | str = option(
-        0.25, "rank rule: 0.25 (ratio of full rank), 32 (rank), budget=0.3", parse=as_rule
-    )
+    ranks: Rule | float | str = option(0.25, RULE_HELP, parse=as_rule)
     layers: Any = option("auto", "which layers: auto, or globs over names, comma between")
     exclude: Any = option((), "globs over names that stay dense")
     keep_first: int = option(1, "layers=auto: first layers that stay dense (K)", at_least=0)
