@@ -284,6 +284,16 @@ def test_spec_and_state_rebuild_the_layer(case: Case, norm: bool) -> None:
     assert repr(low).startswith(type(low).__name__)
 
 
+@every_case
+def test_factors_of_another_number_or_shape_are_refused(case: Case) -> None:
+    low = case.low(case.dense(), 1)
+    factors = low.factors()
+    with pytest.raises(PlanError, match=f"has {len(factors)} factors; {len(factors) + 1} were"):
+        low.set_factors(*factors, factors[0])
+    with pytest.raises(PlanError, match=r"does not fit the map of .* which is "):
+        low.set_factors(factors[0][..., :-1, :], *factors[1:])
+
+
 def test_a_spec_from_before_cores_and_blocks_is_of_a_plain_layer() -> None:
     low = CASES["linear"].low(CASES["linear"].dense(), 2)
     old = {"kind": "linear", "shape": [12, 7], "rank": 2, "norm": False}
