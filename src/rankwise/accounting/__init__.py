@@ -7,17 +7,20 @@ leaves a trace in the model: flags, buffers, hooks and random state are as they 
 from __future__ import annotations
 
 from rankwise.accounting.counting import Parameters, flops, parameters, running_statistics
+from rankwise.accounting.memory import Memory, memory
 from rankwise.accounting.running import Sample, Shape
 from rankwise.accounting.tracing import Call, Trace, Watcher, trace, watch
 
 __all__ = [
     "Call",
+    "Memory",
     "Parameters",
     "Sample",
     "Shape",
     "Trace",
     "Watcher",
     "flops",
+    "memory",
     "parameters",
     "running_statistics",
     "trace",

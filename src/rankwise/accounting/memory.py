@@ -1,0 +1,120 @@
+"""Bytes that training keeps: weights, gradients, optimizer states; predicted, not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from rankwise.errors import OptionError
+
+# Bases are kept in float32 at least, whatever the weights are stored in.
+_BASIS_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes kept from one backward to the next.
+
+    Attributes:
+        weights: trained or not.
+        gradients: once they are accumulated.
+        states: of the optimizer, one number or more for each of the gradient.
+        bases: of projected gradients.
+        proxies: what the optimizer steps in place of projected matrices.
+        largest_gradient: the largest dense gradient that exists for a moment beside these, while
+            a matrix is projected; 0 if none is.
+    """
+
+    weights: int
+    gradients: int
+    states: int
+    bases: int = 0
+    proxies: int = 0
+    largest_gradient: int = 0
+
+    @property
+    def total(self) -> int:
+        """All that is kept at the step: without activations and passing dense gradients."""
+        return self.weights + self.gradients + self.states + self.bases + self.proxies
+
+    @property
+    def beside_weights(self) -> int:
+        """All of it but the weights."""
+        return self.total - self.weights
+
+
+def memory(
+    model: nn.Module,
+    *,
+    states: int = 2,
+    state_bytes: float | None = None,
+    ranks: Mapping[str, int] | None = None,
+    only: bool = False,
+) -> Memory:
+    """Predict the bytes that a training step keeps, with some gradients projected.
+
+    A matrix (M, N) at rank R < min(M, N) has a gradient, a proxy and states of R max(M, N) numbers
+    and a basis of R min(M, N) in float32 (GaLore, arXiv 2403.03507). Where gradients are summed
+    over micro-batches without projection, as in the published program, they are dense: there
+    predict gradients with `ranks=None`. Activations depend on the batch and are not counted.
+
+    Args:
+        model: any model, also on meta; a parameter shared by several modules counts once.
+        states: numbers that the optimizer keeps for each of a gradient: Adam 2, momentum 1.
+        state_bytes: bytes of each; by default those of the weight's own dtype. Optimizers with 8
+            bits a number keep a scale per block besides: with blocks of 256, 1 + 4 / 256.
+        ranks: name of a projected parameter -> its rank; a kernel counts as (out, in * k * k).
+        only: count the parameters in `ranks` alone.
+
+    Raises:
+        OptionError: a name in `ranks` that is no parameter with two dimensions, a rank below 1, or
+            a negative number of states.
+    """
+    wanted = dict(ranks or {})
+    if states < 0 or (state_bytes is not None and state_bytes < 0):
+        raise OptionError(f"states={states}, state_bytes={state_bytes}; neither may be negative")
+    total = dict.fromkeys(Memory.__dataclass_fields__, 0)
+    for name, parameter in model.named_parameters():
+        rank = wanted.pop(name, None)
+        if only and rank is None:
+            continue
+        for part, count in vars(_of(name, parameter, states, state_bytes, rank)).items():
+            previous = total[part]
+            total[part] = max(previous, count) if part == "largest_gradient" else previous + count
+    if wanted:
+        name = next(iter(wanted))
+        raise OptionError(f"ranks names '{name}', which is no parameter of {type(model).__name__}")
+    return Memory(**total)
+
+
+def _of(
+    name: str,
+    parameter: nn.Parameter,
+    states: int,
+    state_bytes: float | None,
+    rank: int | None,
+) -> Memory:
+    size, each = parameter.numel(), parameter.element_size()
+    if not parameter.requires_grad:
+        return Memory(weights=size * each, gradients=0, states=0)
+    kept, basis = size, 0
+    if rank is not None:
+        if parameter.dim() < 2 or rank < 1:
+            raise OptionError(
+                f"{name} of shape {tuple(parameter.shape)} at rank {rank}: only a matrix or kernel "
+                "can be projected, to at least one direction"
+            )
+        rows = parameter.shape[0]
+        short, long = sorted((rows, size // rows))
+        if rank < short:
+            kept, basis = rank * long, rank * short
+    return Memory(
+        weights=size * each,
+        gradients=kept * each,
+        states=round(states * kept * (each if state_bytes is None else state_bytes)),
+        bases=basis * max(_BASIS_BYTES, each),
+        proxies=0 if rank is None else kept * each,
+        largest_gradient=0 if rank is None else size * each,
+    )
