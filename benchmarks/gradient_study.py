@@ -39,7 +39,7 @@ from rankwise.training.task import evaluate
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
-BATCH, CONTEXT, STEPS, WARMUP, RANK, EVERY = 8, 64, 600, 60, 32, 50
+BATCH, CONTEXT, STEPS, WARMUP, RANK, EVERY = 8, 64, 400, 40, 32, 50
 VALIDATION_TOKENS = 65_536
 CURVE = 50  # steps that a point of the training curve is the mean of
 
