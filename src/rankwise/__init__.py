@@ -1,4 +1,4 @@
-"""Low-rank training for PyTorch: low-rank weights behind one small interface."""
+"""Low-rank training for PyTorch: low-rank weights and gradients behind one small interface."""
 
 from __future__ import annotations
 
@@ -9,7 +9,24 @@ if TYPE_CHECKING:
     from rankwise import errors, layers, linalg, ranks
     from rankwise.checkpoint import load, save
     from rankwise.method import Change, Context, Method
-    from rankwise.methods import METHODS, Dense, Factorized, Pufferfish
+    from rankwise.methods import (
+        METHODS,
+        SIFD,
+        Apollo,
+        ApolloMini,
+        Dense,
+        Dion,
+        FactorDecay,
+        Factorized,
+        Fira,
+        Frugal,
+        GaLore,
+        LDAdam,
+        Pufferfish,
+        QGaLore,
+        Tracked,
+    )
+    from rankwise.optim.decay import frobenius_decay_
     from rankwise.optim.rebind import rebind
     from rankwise.ranks import Plan, factorize, plan
     from rankwise.run import Run, start
@@ -28,9 +45,21 @@ _HOME = {
     "Context": "rankwise.method",
     "Method": "rankwise.method",
     "METHODS": "rankwise.methods",
+    "Apollo": "rankwise.methods",
+    "ApolloMini": "rankwise.methods",
     "Dense": "rankwise.methods",
+    "Dion": "rankwise.methods",
+    "FactorDecay": "rankwise.methods",
     "Factorized": "rankwise.methods",
+    "Fira": "rankwise.methods",
+    "Frugal": "rankwise.methods",
+    "GaLore": "rankwise.methods",
+    "LDAdam": "rankwise.methods",
     "Pufferfish": "rankwise.methods",
+    "QGaLore": "rankwise.methods",
+    "SIFD": "rankwise.methods",
+    "Tracked": "rankwise.methods",
+    "frobenius_decay_": "rankwise.optim.decay",
     "rebind": "rankwise.optim.rebind",
     "Plan": "rankwise.ranks",
     "factorize": "rankwise.ranks",
@@ -46,16 +75,28 @@ _HOME = {
 
 __all__ = [
     "METHODS",
+    "SIFD",
+    "Apollo",
+    "ApolloMini",
     "Change",
     "Context",
     "Dense",
+    "Dion",
+    "FactorDecay",
     "Factorized",
+    "Fira",
+    "Frugal",
+    "GaLore",
+    "LDAdam",
     "Method",
     "Plan",
     "Pufferfish",
+    "QGaLore",
     "Run",
+    "Tracked",
     "errors",
     "factorize",
+    "frobenius_decay_",
     "impose_plan",
     "layers",
     "linalg",
