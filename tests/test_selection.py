@@ -303,6 +303,20 @@ def test_of_one_input_only_the_first_layer_is_a_stem() -> None:
     assert chosen(select(model, trace=trace, keep_first=2)) == ["skip"]
 
 
+def test_a_head_of_a_class_of_its_own_is_the_last_layer() -> None:
+    model = nn.Sequential(Own(8, 8), *chain(8, 8, 8, 8), Own(8, 8))
+    reasons = select(model)
+    assert chosen(reasons) == ["1", "2", "3"]
+    assert reasons["4"] == "Own has a forward of its own"
+    assert chosen(select(model, keep_first=2, keep_last=2)) == ["2"]
+    depthwise = nn.Sequential(
+        nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+    )
+    # A depthwise convolution, which has no rank to choose, does not count.
+    assert chosen(select(depthwise, keep_first=1)) == ["2"]
+    assert chosen(select(depthwise, keep_first=2, keep_last=0)) == ["3"]
+
+
 class Reader(nn.Module):
     """As Mamba's fused path: weights that are used without calling their layers."""
 

@@ -301,7 +301,8 @@ def unlisted(model: nn.Module, candidates: Mapping[str, Candidate]) -> dict[str,
 def holds_matrices(module: nn.Module) -> bool:
     """Whether a module owns matrices under other names than `weight`."""
     return any(
-        key != "weight" and p is not None and p.dim() > 1 for key, p in module._parameters.items()
+        key != "weight" and p is not None and sum(size > 1 for size in p.shape) > 1
+        for key, p in module._parameters.items()
     )
 
 

@@ -94,7 +94,7 @@ def _automatic(
     order = [
         name
         for name, candidate in candidates.items()
-        if name in embeddings or isinstance(low_rank_class(candidate.module), type)
+        if name in embeddings or _counts(candidate.module)
         if trace is None or name in trace.calls
     ]
     reasons = dict.fromkeys(embeddings, "an embedding; name it to make it low-rank")
@@ -113,6 +113,14 @@ def _automatic(
     for name in body[max(0, len(body) - max(0, last - ends)) :]:
         reasons.setdefault(name, f"among the last {last} (keep_last)")
     return reasons
+
+
+def _counts(module: nn.Module) -> bool:
+    """Whether a layer has a place in the order: also a stem or head of a class of its own."""
+    own = isinstance(module, (nn.Linear, _ConvNd)) and not type(module).__module__.startswith(
+        "torch.nn.modules"
+    )
+    return own or isinstance(low_rank_class(module), type)
 
 
 def _read_by_attention(model: nn.Module, candidate: Candidate) -> bool:
