@@ -86,7 +86,8 @@ class ProjectedMatrix:
         self.failing = False
         local = self.local(weight)
         held = (local.shape[0], local.numel() // local.shape[0])
-        self.proxy = Proxy(weight.new_zeros(self._small_shape(held)).to(local.device))
+        zeros = torch.zeros(self._small_shape(held), dtype=local.dtype, device=local.device)
+        self.proxy = Proxy(zeros)
         self.proxy.projector = self
 
     def _small_shape(self, held: tuple[int, int]) -> tuple[int, int]:

@@ -36,12 +36,12 @@ class WorkerMean:
         self.sent = 0
         self._model, self._held = model, held
         self._queued = False
-        self._synchronised = False
-        names = {
-            n
-            for n, p in model.named_parameters(remove_duplicate=False)
-            if any(p is w for w in weights.values())
-        }
+        # Without any other parameter there is no wrapper, for DDP refuses to reduce nothing.
+        projected = set(weights.values())
+        self._unwrapped = all(p in projected for p in model.parameters() if p.requires_grad)
+        self._synchronised = self._unwrapped
+        everywhere = model.named_parameters(remove_duplicate=False)
+        names = {name for name, p in everywhere if p in projected}
         self._ignored_before = getattr(model, _IGNORED, None)
         ignored = sorted({*(self._ignored_before or ()), *names})
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
@@ -63,6 +63,8 @@ class WorkerMean:
     def _on_forward(self, *_: Any) -> None:
         # As the wrapper itself does: no_sync counts where the forward ran.
         wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if self._unwrapped and wrapper is None:
+            return
         self._synchronised = wrapper is not None and wrapper.require_backward_grad_sync
 
     def _on_gradient(self, _: Tensor) -> None:
