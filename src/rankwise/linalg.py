@@ -134,11 +134,13 @@ def variance_factors(
         U (..., M, R), V (..., R, N), with a core C (..., R, R) between them; float32, on the
         generator's device.
     """
-    target = torch.as_tensor(variance, device=generator.device)[..., None, None]
+    target = torch.as_tensor(variance, dtype=torch.float64, device=generator.device)[
+        ..., None, None
+    ]
     std = (target / rank**2) ** (1 / 6) if core else (target / rank) ** 0.25
     shapes = _factor_shapes(shape, rank, core=core)
     drawn = (torch.randn(s, generator=generator, device=generator.device) for s in shapes)
-    return tuple(factor * std for factor in drawn)
+    return tuple(factor * std.float() for factor in drawn)
 
 
 def orthogonal_factors(
@@ -166,7 +168,9 @@ def orthogonal_factors(
     Returns:
         As `variance_factors`.
     """
-    target = torch.as_tensor(mean_square, device=generator.device)[..., None, None]
+    target = torch.as_tensor(mean_square, dtype=torch.float64, device=generator.device)[
+        ..., None, None
+    ]
     scale = (target * (shape[-2] * shape[-1] / rank)).sqrt() ** (1 / 3 if core else 0.5)
     factors = []
     for rows, columns in (s[-2:] for s in _factor_shapes(shape, rank, core=core)):
@@ -178,7 +182,7 @@ def orthogonal_factors(
         q, r = torch.linalg.qr(tall)
         # Without the signs of R's diagonal the draw would not be uniform over orthogonal matrices.
         q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :]
-        factors.append((q if rows >= columns else q.mT) * scale)
+        factors.append((q if rows >= columns else q.mT) * scale.float())
     return tuple(factors)
 
 
