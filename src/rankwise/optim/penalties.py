@@ -114,23 +114,26 @@ def pulls(
 
     A and B are (..., R, R), or (..., 1, 1) where they are multiples of the identity.
     """
-    size_u, size_v = (f.square().sum((-2, -1), keepdim=True) for f in (u, v))
-    size_core = torch.ones_like(size_u)
-    if core is not None:
-        size_core = core.square().sum((-2, -1), keepdim=True)
-    kronecker, plain = terms.get("kronecker", 0.0), terms.get("l2", 0.0)
-    of_u = kronecker * size_v * size_core + plain
-    of_v = kronecker * size_u * size_core + plain
-    of_core = None if core is None else (kronecker * size_u * size_v + plain) * core
-    weight = terms.get("frobenius", 0.0)
-    if weight:
-        gram_u, gram_v = u.mT @ u, v @ v.mT
-        if core is not None and of_core is not None:
-            of_core = of_core + weight * (gram_u @ core @ gram_v)
-            gram_u, gram_v = core.mT @ gram_u @ core, core @ gram_v @ core.mT
-        one = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
-        of_u, of_v = weight * gram_v + of_u * one, weight * gram_u + of_v * one
-    return of_u, of_core, of_v
+    kronecker, plain, weight = (terms.get(n, 0.0) for n in ("kronecker", "l2", "frobenius"))
+    of_u = of_v = of_core = u.new_full((1, 1), plain)
+    if kronecker:  # sums over the factors cost about as much as their Grams
+        sizes = [f.square().sum((-2, -1), keepdim=True) for f in (u, v, core) if f is not None]
+        size_u, size_v, size_core = (*sizes, torch.ones_like(sizes[0]))[:3]
+        of_u = plain + kronecker * size_v * size_core
+        of_v = plain + kronecker * size_u * size_core
+        of_core = plain + kronecker * size_u * size_v
+    middle = None if core is None else of_core * core
+    if not weight:
+        return of_u, middle, of_v
+    gram_u, gram_v = weight * (u.mT @ u), v @ v.mT
+    if core is not None and middle is not None:
+        middle = middle + gram_u @ core @ gram_v
+        gram_u, gram_v = core.mT @ gram_u @ core, core @ gram_v @ core.mT
+    gram_v = weight * gram_v
+    if kronecker or plain:
+        gram_v.diagonal(dim1=-2, dim2=-1).add_(of_u.squeeze(-1))
+        gram_u.diagonal(dim1=-2, dim2=-1).add_(of_v.squeeze(-1))
+    return gram_v, middle, gram_u
 
 
 def right_product(u: Tensor, pull: Tensor) -> Tensor:
