@@ -79,7 +79,7 @@ def _from_text(text: str) -> Rule:
         raise OptionError(f"{unknown('rank rule', name, RULES)}; or write {EXAMPLES}")
     if equals and name in _BARE:
         raise OptionError(f"rank rule {text!r}: {name} takes no number; write {name} alone")
-    if not equals and number.isidentifier() and number not in ("nan", "inf"):
+    if not equals and number[:1].isalpha() and number not in ("nan", "inf"):
         raise OptionError(f"{unknown('rank rule', number, RULES)}; or write {EXAMPLES}")
     parsed = _number(number, text)
     if equals:
