@@ -170,3 +170,14 @@ def test_orthogonal_factors_have_the_mean_square_exactly(
         small = factor.mT @ factor if factor.shape[-2] >= factor.shape[-1] else factor @ factor.mT
         unit = small[..., :1, :1] * torch.eye(4)
         assert_close(small, unit.expand_as(small), rtol=0, atol=1e-5)
+
+
+def test_orthogonal_factors_favour_no_direction() -> None:
+    """A bare QR makes the first entry negative in every draw."""
+    drawn = [
+        linalg.orthogonal_factors((4, 3), 2, 1.0, torch.Generator().manual_seed(seed))
+        for seed in range(200)
+    ]
+    for factors in zip(*drawn, strict=True):
+        first = torch.stack(factors)[:, 0, 0]
+        assert_close((first > 0).float().mean(), torch.tensor(0.5), rtol=0, atol=0.12)

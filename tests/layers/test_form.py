@@ -83,8 +83,8 @@ def test_true_splits_the_known_fused_projections_with_three_equal_parts() -> Non
 
 
 def test_globs_choose_the_parts_and_the_first_match_counts() -> None:
-    form = Form(split={"first.*": 1, "*.kv": 2, "*": 4})
-    assert blocks(form, "first.kv", nn.Linear(8, 24)) == 1
+    form = Form(split={"first.*": 6, "*.kv": 2, "*": 4})
+    assert blocks(form, "first.kv", nn.Linear(8, 24)) == 6
     assert blocks(form, "second.kv", nn.Linear(8, 24)) == 2
     assert blocks(form, "second.q", nn.Linear(8, 24)) == 4
 
