@@ -299,6 +299,9 @@ LOW_RANK = [
     ("dense", {}),
     ("factorized", {"ranks": 4}),
     ("pufferfish", {"ranks": 4, "warmup_steps": 11}),
+    ("galore", {"rank": 4, "every": 5}),
+    ("tracked", {"rank": 4}),
+    ("apollo", {"rank": 4, "every": 3}),
 ]
 
 
@@ -340,6 +343,7 @@ def test_the_result_counts_per_token_and_the_records_say_what_was_read(prose):
     assert result.flops == result.dense_flops == accounting.flops(model, sample) // 16
     assert result.parameters[0] == llama_parameters(256, 16, 2, 24)
     assert result.units_per_second == pytest.approx(20 * 16 / (result.step_ms_dense or 0) * 1e3)
+    assert result.state_bytes == 8 * result.parameters[0] + 4 * len(list(model.parameters()))
     assert {progress.unit for progress in seen} == {"token"}
     assert seen[-1].units_per_second > 0
     start, *_, finish = records.read("out")
@@ -351,6 +355,21 @@ def test_the_result_counts_per_token_and_the_records_say_what_was_read(prose):
     assert Result.from_record(old).task == "classification"
     with pytest.raises(KeyError, match="test_loss"):
         Result.from_record({k: v for k, v in finish.items() if k != "test_loss"})
+
+
+def test_projected_gradients_keep_less_and_train_the_same_dense_network(prose):
+    dense = train(recipe(out="dense"))
+    low = train(recipe(out="low", method="galore", method_options={"rank": 4}))
+    assert low.parameters == dense.parameters
+    assert low.switches == ()
+    assert low.step_ms_low_rank is None
+    model = models.build("llama-test", classes=256, input_shape=(16,))
+    ranks = {n: 4 for n, p in model.named_parameters() if "blocks" in n and p.dim() == 2}
+    kept = accounting.memory(model, ranks=ranks)
+    counters = 4 * len(list(model.parameters()))
+    assert low.state_bytes == kept.states + kept.bases + kept.proxies + counters
+    assert low.state_bytes < (dense.state_bytes or 0)
+    assert set(end_state("low")[0]) == set(end_state("dense")[0])
 
 
 def test_a_switch_is_judged_by_its_loss_on_the_beginning_of_the_validation_part(prose, monkeypatch):

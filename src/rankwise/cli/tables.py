@@ -109,7 +109,10 @@ def _columns(task: str) -> list[Column]:
             Column("test per-\nplexity", lambda r: _test(r).perplexity, _spread),
             Column("bits\n/ token", lambda r: _test(r).bits, _fine_spread),
         ]
-        speed = [Column("tokens\n/ s", lambda r: r.units_per_second, _count)]
+        speed = [
+            Column("tokens\n/ s", lambda r: r.units_per_second, _count),
+            Column("states\nMiB", lambda r: _mebibytes(r.state_bytes), _mean),
+        ]
     return [
         *quality,
         Column("stored\nparam.", lambda r: r.parameters[0], _count),
@@ -128,6 +131,10 @@ def _columns(task: str) -> list[Column]:
     ]
 
 
+def _mebibytes(count: int | None) -> float | None:
+    return None if count is None else count / 2**20
+
+
 def _test(result: Result) -> Score:
     return Score(result.test_loss, result.test_accuracy)
 
@@ -139,6 +146,10 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
 
 def _fine_spread(values: Sequence[float]) -> str:
     return _spread(values, 3)
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.2f}"
 
 
 def _seconds(values: Sequence[float]) -> str:

@@ -304,6 +304,7 @@ class Loop:
     def finish(self, dense: tuple[tuple[int, int], int]) -> Result:
         """Finalise the methods, read the test part once, close the records."""
         self._show_switch(now=True)
+        kept = setup.state_bytes(self.run)
         model = self.run.finish()
         validation = self.evaluate(self.splits.validation)
         test = self.evaluate(self.splits.test)
@@ -327,6 +328,7 @@ class Loop:
             step_ms_dense=self.clock.median(0),
             step_ms_low_rank=self.clock.median(-1) if len(self.clock.phases) > 1 else None,
             units_per_second=self._speed(self.clock.median(-1)),
+            state_bytes=kept,
             seconds=self._elapsed(),
             epochs=self.recipe.epochs,
             steps=self.run.step,

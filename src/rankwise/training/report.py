@@ -70,6 +70,7 @@ class Result:
     task: str = "classification"
     validation_loss: float | None = None
     units_per_second: float | None = None
+    state_bytes: int | None = None  # kept beside the weights at the end of training
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Result:

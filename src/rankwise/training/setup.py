@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
+import rankwise
 from rankwise import accounting, checkpoint, data, distributed, models
 from rankwise.errors import CheckpointError, OptionError, unknown
 from rankwise.method import Method
@@ -89,6 +91,16 @@ def size(model: nn.Module, sample: Tensor, units: int) -> tuple[tuple[int, int],
     """Parameters (stored, trainable) and forward FLOPs of one unit of the sample."""
     count = accounting.parameters(model)
     return (count.stored, count.trainable), accounting.flops(model, sample) // units
+
+
+def state_bytes(run: rankwise.Run) -> int:
+    """Bytes kept beside the weights from step to step: moments, bases, proxies of projections."""
+    weights = {id(p) for p in run.bare.parameters()}
+    held = [p for group in run.optimizer.param_groups for p in group["params"]]
+    kept = [p for p in held if id(p) not in weights]
+    states = (*run.optimizer.state.values(), *(method.state_dict() for method in run.methods))
+    kept += [leaf for leaf in tree_leaves(list(states)) if isinstance(leaf, Tensor)]
+    return sum(t.numel() * t.element_size() for t in kept)
 
 
 def load(resume: str | Path, recipe: Recipe, splits: data.DataSet) -> checkpoint.Checkpoint:
