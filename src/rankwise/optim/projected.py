@@ -130,6 +130,8 @@ class ProjectedGradients:
             self._apply(matrix, held)
             if gram is not None and held.sketch is not None:
                 self.bases.track(matrix, held.sketch, gram)
+            elif self.choices.track is not None:
+                self.bases.check_momentum(matrix)
             held.full = held.sketch = held.seen = None
         if self._moved:
             torch._foreach_zero_(  # pyright: ignore[reportPrivateImportUsage]

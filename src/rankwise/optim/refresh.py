@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rankwise.errors import LifeCycleError
 from rankwise.method import Context
 from rankwise.optim import moments as moment_rules
 from rankwise.optim import subspace
@@ -86,6 +87,18 @@ class Bases:
         facing = matrix.facing(matrix.sides[0], moment)
         return self.total(matrix)(facing.mT @ facing)
 
+    def check_momentum(self, matrix: ProjectedMatrix) -> None:
+        """Refuse to track by an optimizer without momentum.
+
+        Raises:
+            LifeCycleError: after its first step of a matrix it keeps no first moment.
+        """
+        if not matrix.identity and moment_rules.first_moment(self.moments(matrix)) is None:
+            raise LifeCycleError(
+                f"a tracked basis follows the optimizer's first moment, but it keeps none for "
+                f"{matrix.name}; give SGD a momentum, take Adam or Lion, or choose GaLore"
+            )
+
     def track(self, matrix: ProjectedMatrix, sketch: Tensor, gram: Tensor) -> None:
         """Move a tracked basis by one step, the moments with it."""
         side = matrix.sides[0]
@@ -151,16 +164,13 @@ class Bases:
         norm = total(torch.linalg.vector_norm(gradient, dtype=wide).square())
         if not (bool(torch.isfinite(norm)) and bool(norm > 0)):
             return None
+        if kind == "svd":
+            vectors = subspace.leading(gradient, matrix.rank)
+            return None if vectors is None else {side: vectors[side] for side in matrix.sides}
         found: dict[str, Tensor] = {}
         for side in matrix.sides:
-            facing = matrix.facing(side, gradient)
-            if kind == "svd":
-                basis = subspace.leading(facing, matrix.rank)
-                if basis is None:
-                    return None
-            else:
-                basis = subspace.power_step(facing, matrix.basis(side), steps=steps, total=total)
-            found[side] = basis
+            facing, basis = matrix.facing(side, gradient), matrix.basis(side)
+            found[side] = subspace.power_step(facing, basis, steps=steps, total=total)
         return found
 
     def replace_basis(self, matrix: ProjectedMatrix, bases: Mapping[str, Tensor]) -> bool:

@@ -72,16 +72,18 @@ def tracked_step(
     return orthonormal(total(power))
 
 
-def leading(gradient: Tensor, rank: int) -> Tensor | None:
-    """The first R right singular vectors of G (B, D), as (D, R); None if the SVD fails.
+def leading(gradient: Tensor, rank: int) -> dict[str, Tensor] | None:
+    """The first R singular vectors of G (M, N): "left" (M, R) and "right" (N, R).
 
-    Of a wide G the decomposition is that of its transpose: the same numbers in either case.
+    None if the decomposition fails. One decomposition gives both sides, so that their signs
+    agree.
     """
     g = gradient.to(working_dtype(gradient.dtype))
     try:
-        return torch.linalg.svd(g, full_matrices=False).Vh[:rank].mT.contiguous()
+        u, _, vh = torch.linalg.svd(g, full_matrices=False)
     except RuntimeError:  # LinAlgError is one: it did not converge
         return None
+    return {"left": u[:, :rank].contiguous(), "right": vh[:rank].mT.contiguous()}
 
 
 def random_basis(

@@ -189,7 +189,8 @@ class ErrorFeedback:
         wide = total if total.dtype in (torch.float32, torch.float64) else total.float()
         facing, basis = matrix.facing(side, wide), matrix.basis(side)
         factor = facing @ basis
-        moment = None if past is None else matrix.facing(side, past)
+        # A copy: replacing the basis turns the optimizer's own moments.
+        moment = None if past is None else matrix.facing(side, past.clone())
         if moment is not None:
             factor.mul_(1 - self.rho).add_(moment, alpha=self.rho)
         power = facing.mT @ factor
