@@ -368,7 +368,8 @@ def test_projected_gradients_keep_less_and_train_the_same_dense_network(prose):
     kept = accounting.memory(model, ranks=ranks)
     counters = 4 * len(list(model.parameters()))
     assert low.state_bytes == kept.states + kept.bases + kept.proxies + counters
-    assert low.state_bytes < (dense.state_bytes or 0)
+    assert dense.state_bytes is not None
+    assert kept.states + kept.bases + kept.proxies + counters < dense.state_bytes
     assert set(end_state("low")[0]) == set(end_state("dense")[0])
 
 
