@@ -280,6 +280,19 @@ def test_the_threshold_of_vbmf_is_where_a_component_first_lowers_the_free_energy
     assert least_free_energy(threshold * 0.997, short, long) > 0
 
 
+@pytest.mark.parametrize(("short", "long"), [(20, 20), (20, 50)])
+@pytest.mark.parametrize("above", [1.05, 1.5, 4.0])
+def test_the_free_energy_of_a_component_is_that_of_the_model(
+    short: int, long: int, above: float
+) -> None:
+    square = long * estimators._detectable(short / long) * above**2
+    x = square / long
+    expected = x - math.log(x) + least_free_energy(math.sqrt(square), short, long) / long
+    squares, variance = (torch.tensor([v], dtype=torch.float64) for v in (square, 1.0))
+    found = estimators._free_energy(squares, variance, long, short / long)
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_noise_variance_is_the_minimum_of_the_free_energy() -> None:
     values = singular_values(planted(25, 40, 4, 0.7).double())
     found = vbmf_noise_variance(values, 25, 40)
