@@ -481,6 +481,25 @@ def test_a_model_that_needs_values_is_counted_by_a_real_run() -> None:
     assert torch.backends.mkldnn.enabled
 
 
+def test_a_layer_that_is_called_on_a_view_of_a_weight_is_counted_in_a_real_run() -> None:
+    # As relative positions are in DeBERTa.
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Embedding(6, 4)
+            self.map = nn.Linear(4, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.sum().item() < 1e9  # needs values
+            return x @ self.map(self.rows.weight[1:5].unsqueeze(0)).squeeze(0)
+
+    model = Table()
+    storage = model.rows.weight.data_ptr()
+    assert flops(model, noise(2, 4)) == 2 * 4 * 4 * 3 + 2 * 2 * 4 * 3
+    assert model.rows.weight.data_ptr() == storage
+    assert model.rows.weight.requires_grad
+
+
 def test_a_count_on_meta_allocates_no_copy_of_the_model() -> None:
     seen: list[Any] = []
     model = build("resnet-18", input_shape=(3, 32, 32))

@@ -59,10 +59,10 @@ def flops(model: nn.Module, sample: Sample) -> int:
     counter = partial(FlopCounterMode, display=False, custom_mapping=_UNCOUNTED)
     with undisturbed(model):
         with suppress(RuntimeError, TypeError, ValueError), counter() as count:
-            forward(model, sample, torch.device("meta"))
+            forward(model, sample, torch.device("meta"), detached=True)
             return count.get_total_flops()
         with _transparent_kernels(), counter() as count:
-            forward(model, sample, device_of(model))
+            forward(model, sample, device_of(model), detached=True)
         return count.get_total_flops()
 
 

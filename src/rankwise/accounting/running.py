@@ -16,13 +16,17 @@ Sample = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Shape = tuple[int, ...]
 
 
-def forward(model: nn.Module, sample: Sample, device: torch.device) -> None:
+def forward(
+    model: nn.Module, sample: Sample, device: torch.device, *, detached: bool = False
+) -> None:
     """Call the model on a sample, its buffers being copies; parameters too where only shapes count.
 
     Args:
         model: any module.
         sample: a tensor, a tuple of arguments, or a dict of keyword arguments.
         device: the model's own, or meta.
+        detached: give it stand-ins for its parameters that share their storage and need no
+            gradient: a view of a parameter needs one even without gradients, but has no history.
     """
     if isinstance(sample, Mapping):
         args, kwargs = (), dict(sample)
@@ -30,21 +34,25 @@ def forward(model: nn.Module, sample: Sample, device: torch.device) -> None:
         args, kwargs = (sample,) if isinstance(sample, Tensor) else tuple(sample), {}
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
     # `tie_weights` would swap a shared module once per name, and leave the stand-in behind.
-    functional_call(model, _stand_ins(model, device), args, kwargs, tie_weights=False)
+    functional_call(model, _stand_ins(model, device, detached), args, kwargs, tie_weights=False)
 
 
-def _stand_ins(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """Copies of the buffers, which a forward may write to; on meta the parameters' shapes too."""
+def _stand_ins(model: nn.Module, device: torch.device, detached: bool) -> dict[str, Tensor]:
+    """Copies of the buffers, which a forward may write to; parameters where they are to differ."""
     made: dict[int, Tensor] = {}
     named: dict[str, Tensor] = {}
+    moved = device.type == "meta" and device_of(model).type != "meta"
     for prefix, module in model.named_modules():
-        held = [module.named_buffers(recurse=False, remove_duplicate=False)]
-        if device.type == "meta" and device_of(model).type != "meta":
-            held.append(module.named_parameters(recurse=False, remove_duplicate=False))
-        for name, tensor in chain(*held):
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        held = [(name, tensor, True) for name, tensor in buffers]
+        if moved or detached:
+            parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+            held += [(name, tensor, False) for name, tensor in parameters]
+        for name, tensor, written in held:
             if id(tensor) not in made:
                 own = tensor.detach()
-                made[id(tensor)] = own.clone() if own.device == device else own.to(device)
+                copied = own.clone() if written and own.device == device else own.to(device)
+                made[id(tensor)] = copied
             named[f"{prefix}.{name}" if prefix else name] = made[id(tensor)]
     return named
 
