@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder of images; mnist-5k without it")
     parser.add_argument("--name", default="folder", help="what to call the data of --data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, help="20 for mnist-5k, 12 for a folder")
+    parser.add_argument("--epochs", type=int, help="20 for mnist-5k, 8 for a folder")
     parser.add_argument("--target", type=float, default=0.1, help="parameters over dense")
     parser.add_argument("--json", type=Path, default=curves.RESULTS / "ablation.jsonl")
     parser.add_argument("--plot", action="store_true", help="draw docs/studies/ablation-NAME.png")
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     curves.one_thread()
     splits = data.load("mnist-5k" if options.data is None else f"folder:{options.data}")
     name = "mnist-5k" if options.data is None else options.name
-    epochs = options.epochs or (20 if options.data is None else 12)
+    epochs = options.epochs or (20 if options.data is None else 8)
     per_epoch = data.steps_per_epoch(splits.train, 128)
     schedule = curves.Schedule(steps=epochs * per_epoch, batch=128, every=per_epoch)
     if options.smoke:

@@ -50,6 +50,10 @@ class Rows:
         """Whether a run has still to be done."""
         return self._of(setting) not in self._done
 
+    def find(self, setting: dict[str, Any]) -> dict[str, Any]:
+        """The row of a run that has been done."""
+        return next(row for row in self.rows if self._of(row) == self._of(setting))
+
     def add(self, row: dict[str, Any]) -> None:
         """Keep a finished run, in memory and in the file."""
         row = {**row, "commit": _commit(), "torch": torch.__version__}
