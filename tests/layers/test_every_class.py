@@ -422,6 +422,19 @@ def test_the_output_has_the_memory_format_of_the_dense_one(name: str) -> None:
     assert low.to_dense().weight.stride() == dense.weight.stride()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [(3, 1), (1, 3), (1, 1)])
+def test_one_channel_tells_no_format_by_itself(
+    kernel: tuple[int, int], layout: torch.memory_format
+) -> None:
+    """Strides of a map with one channel and one tap are those of either format."""
+    dense = filled(nn.Conv2d(1, 5, kernel, **DOUBLE)).to(memory_format=layout)
+    case = Case(lambda: dense, (2, 1, 8, 7), separable=True)
+    low = case.low(dense)
+    assert low(case.input()).stride() == dense(case.input()).stride()
+    assert low.to_dense().weight.stride() == dense.weight.stride()
+
+
 @pytest.mark.parametrize("size", [[9, 7], [10, 8]])
 def test_a_transposed_convolution_takes_an_output_size(size: list[int]) -> None:
     dense = filled(nn.ConvTranspose2d(5, 3, 3, 2, 1, **DOUBLE))

@@ -105,8 +105,9 @@ def test_a_split_that_does_not_fit_is_refused() -> None:
     for wrong in (0, 2.0, -3, 5):
         with pytest.raises(PlanError, match="does not divide the 24 rows"):
             LowRankLinear.from_dense(nn.Linear(8, 24), 2, blocks=wrong)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(PlanError, match="5 blocks do not divide"):
-        LowRankLinear(8, 24, 2, blocks=5)
+    for wrong in (5, 0, -1):
+        with pytest.raises(PlanError, match=f"{wrong} blocks do not divide 24 out_features"):
+            LowRankLinear(8, 24, 2, blocks=wrong)
     with pytest.raises(PlanError, match="5 blocks do not divide"):
         BlockLinear(10, 24, 5)
     with pytest.raises(PlanError, match="3 groups do not divide 4 -> 6 channels"):
