@@ -418,6 +418,9 @@ def test_an_average_follows_an_opened_attention_there_and_back() -> None:
     give_structure(model, twin)
     same(twin(*INPUTS), model(*INPUTS))
     assert expected.shape == kept.shape
+    surgery.open_attentions(model, {"cross": False})  # nothing in it is low-rank
+    give_structure(model, twin)
+    assert read_plan(twin) == read_plan(model)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
