@@ -234,7 +234,8 @@ def tune(
     grid = {lr: record.get(name, lr, 0, partial(run, lr, 0)) for lr in row.lr}
     while True:
         best = min(grid, key=lambda lr: grid[lr])
-        beyond = best / 2 if best == min(grid) else best * 2 if best == max(grid) else None
+        too_high = best == min(grid) or math.isinf(grid[best])  # where all diverged, say
+        beyond = min(grid) / 2 if too_high else best * 2 if best == max(grid) else None
         if beyond is None or not grow:
             return best
         grid[beyond] = record.get(name, beyond, 0, partial(run, beyond, 0))
