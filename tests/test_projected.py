@@ -26,8 +26,8 @@ from rankwise.methods.galore import GaLore
 from rankwise.methods.ldadam import LDAdam
 from rankwise.methods.pufferfish import Pufferfish
 from rankwise.methods.tracked import Tracked
-from rankwise.optim.low_rank_grad import LowRankGrad
-from rankwise.optim.projected import ProjectedGradients
+from rankwise.optim.projected.engine import ProjectedGradients
+from rankwise.optim.projected.gradient import LowRankGrad
 
 Make = Callable[[nn.Module], Optimizer]
 Batch = tuple[Tensor, Tensor]

@@ -15,9 +15,9 @@ import rankwise
 from rankwise import distributed
 from rankwise.method import Context
 from rankwise.methods.galore import GaLore
-from rankwise.optim.choices import Choices
 from rankwise.optim.groups import Options
-from rankwise.optim.projected import ProjectedGradients
+from rankwise.optim.projected.choices import Choices
+from rankwise.optim.projected.engine import ProjectedGradients
 from rankwise.optim.rebind import rebind
 from test_distributed import Workers
 from test_projected import METHODS, adamw, batches, engine_of, gap, loss_of, mlp, sgd, train

@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from rankwise.errors import CompositionError, LifeCycleError, OptionError
 from rankwise.method import Change, Method
 from rankwise.optim.groups import held_by
-from rankwise.optim.probe import depends_on_values
+from rankwise.optim.projected.probe import depends_on_values
 
 logger = logging.getLogger(__name__)
 

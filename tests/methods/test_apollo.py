@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_galore import Llama, distance, loss, matrices, ours, peer
 
-from rankwise.methods.apollo import Apollo, ApolloMini
-from rankwise.optim.projected import ProjectedGradients
+from rankwise.methods.apollo import Apollo
+from rankwise.methods.apollo_mini import ApolloMini
+from rankwise.optim.projected.engine import ProjectedGradients
 
 
 def published(model: Llama, betas: tuple[float, float], limit: bool, **options: Any) -> Any:

@@ -16,7 +16,7 @@ from rankwise.methods.frugal import Frugal
 from rankwise.methods.ldadam import LDAdam
 from rankwise.methods.qgalore import QGaLore
 from rankwise.methods.tracked import Tracked
-from rankwise.optim.matrix import ProjectedMatrix
+from rankwise.optim.projected.matrix import ProjectedMatrix
 
 SHAPES = [(12, 8), (8, 12), (8, 8)]
 R, LR = 3, 0.02

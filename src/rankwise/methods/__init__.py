@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rankwise.method import Method
-from rankwise.methods.apollo import Apollo, ApolloMini
+from rankwise.methods.apollo import Apollo
+from rankwise.methods.apollo_mini import ApolloMini
 from rankwise.methods.dense import Dense
 from rankwise.methods.dion import Dion
 from rankwise.methods.factor_decay import FactorDecay

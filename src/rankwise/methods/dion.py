@@ -9,15 +9,17 @@ columns of norm 1; W <- W - lr sqrt(rows / columns) P Z^T.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from rankwise.method import Method
-from rankwise.optim.choices import Choices, as_rank
-from rankwise.optim.projected_method import CONFLICTS, PROVIDES, projected
-from rankwise.optim.rounding import ROUNDINGS
-from rankwise.optim.updates import OrthonormalUpdate
+from rankwise.optim.projected import (
+    ROUNDINGS,
+    Choices,
+    OrthonormalUpdate,
+    as_rank,
+    projected,
+)
 from rankwise.options import option, validate
 
 
@@ -29,9 +31,6 @@ class Dion(Method):
     The momentum takes the memory of a dense gradient. Give it plain SGD, without momentum, for
     the published rule; any other optimizer steps Z as if it were the gradient.
     """
-
-    provides: ClassVar[frozenset[str]] = PROVIDES
-    conflicts: ClassVar[Mapping[str, str]] = CONFLICTS
 
     rank: float = option(
         0.25, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank

@@ -9,16 +9,19 @@ grow by 1.01 a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from rankwise.method import Method
-from rankwise.optim.choices import MOMENTS, Choices, as_rank
-from rankwise.optim.projected_method import CONFLICTS, PROVIDES, projected
-from rankwise.optim.rounding import ROUNDINGS
-from rankwise.optim.subspace import BASES
-from rankwise.optim.updates import ChannelResidual
+from rankwise.optim.projected import (
+    BASES,
+    MOMENTS,
+    ROUNDINGS,
+    ChannelResidual,
+    Choices,
+    as_rank,
+    projected,
+)
 from rankwise.options import option, validate
 
 
@@ -31,9 +34,6 @@ class Fira(Method):
     Deviation: warm subspace iteration as in GaLore here; the limiter counts norms in units of the
     learning rate, so that it does not slow a warm-up, and forgets steps without gradient.
     """
-
-    provides: ClassVar[frozenset[str]] = PROVIDES
-    conflicts: ClassVar[Mapping[str, str]] = CONFLICTS
 
     rank: float = option(
         128, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank

@@ -8,16 +8,19 @@ Action: the optimizer steps P^T G; the rest of the gradient moves W by its sign 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from rankwise.method import Method
-from rankwise.optim.choices import MOMENTS, Choices, as_rank
-from rankwise.optim.projected_method import CONFLICTS, PROVIDES, projected
-from rankwise.optim.rounding import ROUNDINGS
-from rankwise.optim.subspace import BASES
-from rankwise.optim.updates import SignResidual
+from rankwise.optim.projected import (
+    BASES,
+    MOMENTS,
+    ROUNDINGS,
+    Choices,
+    SignResidual,
+    as_rank,
+    projected,
+)
 from rankwise.options import option, validate
 
 
@@ -28,9 +31,6 @@ class Frugal(Method):
 
     Needs the dense gradient until the step. A new subspace starts with moments of zero.
     """
-
-    provides: ClassVar[frozenset[str]] = PROVIDES
-    conflicts: ClassVar[Mapping[str, str]] = CONFLICTS
 
     rank: float = option(
         0.25, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank

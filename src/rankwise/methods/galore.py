@@ -8,16 +8,19 @@ Action: R = P^T G (or G Q on the shorter side); the optimizer steps R; W moves b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from rankwise.method import Method
-from rankwise.optim.choices import MOMENTS, Choices, as_rank
-from rankwise.optim.matrix import SIDES
-from rankwise.optim.projected_method import CONFLICTS, PROVIDES, projected
-from rankwise.optim.rounding import ROUNDINGS
-from rankwise.optim.subspace import BASES
+from rankwise.optim.projected import (
+    BASES,
+    MOMENTS,
+    ROUNDINGS,
+    SIDES,
+    Choices,
+    as_rank,
+    projected,
+)
 from rankwise.options import option, validate
 
 
@@ -29,9 +32,6 @@ class GaLore(Method):
     Deviations: the basis comes from the gradient accumulated over micro-batches and workers by
     warm subspace iteration (`basis="svd"` is the paper's), and matrices are refreshed in turn.
     """
-
-    provides: ClassVar[frozenset[str]] = PROVIDES
-    conflicts: ClassVar[Mapping[str, str]] = CONFLICTS
 
     rank: float = option(
         128, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank

@@ -9,15 +9,17 @@ first moment lost, is added to the next gradient.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from rankwise.method import Method
-from rankwise.optim.choices import Choices, as_rank
-from rankwise.optim.projected_method import CONFLICTS, PROVIDES, projected
-from rankwise.optim.rounding import ROUNDINGS
-from rankwise.optim.updates import ErrorFeedback
+from rankwise.optim.projected import (
+    ROUNDINGS,
+    Choices,
+    ErrorFeedback,
+    as_rank,
+    projected,
+)
 from rankwise.options import option, validate
 
 
@@ -25,9 +27,6 @@ from rankwise.options import option, validate
 @dataclass
 class LDAdam(Method):
     """A new basis every step, with error feedback; errors take the memory of a dense gradient."""
-
-    provides: ClassVar[frozenset[str]] = PROVIDES
-    conflicts: ClassVar[Mapping[str, str]] = CONFLICTS
 
     rank: float = option(
         128, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank

@@ -9,15 +9,17 @@ successive bases is .4 or more over five refreshes, the matrix is refreshed half
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from rankwise.method import Method
-from rankwise.optim.choices import Choices, as_rank
-from rankwise.optim.projected_method import CONFLICTS, PROVIDES, projected
-from rankwise.optim.rounding import ROUNDINGS
-from rankwise.optim.subspace import BASES
+from rankwise.optim.projected import (
+    BASES,
+    ROUNDINGS,
+    Choices,
+    as_rank,
+    projected,
+)
 from rankwise.options import option, validate
 
 
@@ -29,9 +31,6 @@ class QGaLore(Method):
     For 8-bit states give it an 8-bit optimizer. Not here: weights of 8 bits; bfloat16 weights
     with rounding="stochastic" are the nearest to it.
     """
-
-    provides: ClassVar[frozenset[str]] = PROVIDES
-    conflicts: ClassVar[Mapping[str, str]] = CONFLICTS
 
     rank: float = option(
         128, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank

@@ -9,15 +9,18 @@ factor, linear in G, so that it adds up over micro-batches and workers; moments 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from rankwise.method import Method
-from rankwise.optim.choices import Choices, as_rank
-from rankwise.optim.projected_method import CONFLICTS, PROVIDES, projected
-from rankwise.optim.rounding import ROUNDINGS
-from rankwise.optim.updates import LIFT, ChannelResidual
+from rankwise.optim.projected import (
+    LIFT,
+    ROUNDINGS,
+    ChannelResidual,
+    Choices,
+    as_rank,
+    projected,
+)
 from rankwise.options import option, validate
 
 
@@ -25,9 +28,6 @@ from rankwise.options import option, validate
 @dataclass
 class Tracked(Method):
     """GaLore with a basis that follows the momentum; needs an optimizer with a first moment."""
-
-    provides: ClassVar[frozenset[str]] = PROVIDES
-    conflicts: ClassVar[Mapping[str, str]] = CONFLICTS
 
     rank: float = option(
         128, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank

@@ -16,14 +16,14 @@ from torch.nn import Parameter
 from rankwise import distributed
 from rankwise.errors import LifeCycleError, OptionError
 from rankwise.method import Change, Context, Successors
-from rankwise.optim.choices import Choices
-from rankwise.optim.low_rank_grad import LowRankGrad
-from rankwise.optim.matrix import ProjectedMatrix
-from rankwise.optim.probe import inside_compiled_code
-from rankwise.optim.reduction import WorkerMean
-from rankwise.optim.refresh import Bases
-from rankwise.optim.rounding import compensated_, stochastic_
-from rankwise.optim.updates import Step
+from rankwise.optim.projected.choices import Choices
+from rankwise.optim.projected.gradient import LowRankGrad
+from rankwise.optim.projected.matrix import ProjectedMatrix
+from rankwise.optim.projected.probe import inside_compiled_code
+from rankwise.optim.projected.reduction import WorkerMean
+from rankwise.optim.projected.refresh import Bases
+from rankwise.optim.projected.rounding import compensated_, stochastic_
+from rankwise.optim.projected.updates import Step
 
 _HALF = (torch.bfloat16, torch.float16)
 

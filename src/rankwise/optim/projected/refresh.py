@@ -11,10 +11,10 @@ from torch import Tensor
 
 from rankwise.errors import LifeCycleError
 from rankwise.method import Context
-from rankwise.optim import moments as moment_rules
-from rankwise.optim import subspace
-from rankwise.optim.choices import Choices
-from rankwise.optim.matrix import ProjectedMatrix
+from rankwise.optim.projected import moments as moment_rules
+from rankwise.optim.projected import subspace
+from rankwise.optim.projected.choices import Choices
+from rankwise.optim.projected.matrix import ProjectedMatrix
 
 NEVER = 2**62
 _COLD_STEPS = 3  # of subspace iteration from a random start; one is enough from a warm one

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.linalg import working_dtype
-from rankwise.optim.low_rank_grad import LowRankGrad, Proxy
-from rankwise.optim.subspace import LowBitBasis
+from rankwise.optim.projected.gradient import LowRankGrad, Proxy
+from rankwise.optim.projected.subspace import LowBitBasis
 
 SIDES = ("short", "left", "right", "both")
 

@@ -10,13 +10,13 @@ from torch.nn import Parameter
 
 from rankwise.errors import LifeCycleError
 from rankwise.method import NO_CHANGE, Change, Method
-from rankwise.optim.matrices import select_matrices
-from rankwise.optim.projected import ProjectedGradients
+from rankwise.optim.projected.engine import ProjectedGradients
+from rankwise.optim.projected.selection import select_matrices
 
 M = TypeVar("M", bound=type[Method])
 
-PROVIDES = frozenset({"low-rank gradients"})
-CONFLICTS: Mapping[str, str] = {
+_PROVIDES = frozenset({"low-rank gradients"})
+_CONFLICTS: Mapping[str, str] = {
     "low-rank weights": "a switch takes away the weights whose gradients are projected, and the "
     "optimizer holds proxies of them, whose moments no factor can take over",
     "low-rank gradients": "both project the gradients of the same weights",
@@ -24,7 +24,7 @@ CONFLICTS: Mapping[str, str] = {
 
 
 def projected(cls: M) -> M:
-    """Give a method the hooks of the engine; it keeps its options and `choices()`.
+    """Give a method the hooks of the engine, and what goes with it; the rest is its own.
 
     The class has the fields `layers` and `exclude` and a method `choices() -> Choices`. While a
     run is under way, `engine` is the `ProjectedGradients` that serves it.
@@ -74,6 +74,7 @@ def projected(cls: M) -> M:
             raise LifeCycleError("the checkpoint holds no bases; it was written by another method")
         self.engine.load_state_dict(state_dict)
 
+    cls.provides, cls.conflicts = _PROVIDES, _CONFLICTS
     hooks = (prepare, detach, before_step, after_step, finalize, parameter_names, state_dict)
     for hook in (*hooks, load_state_dict):
         setattr(cls, hook.__name__, hook)

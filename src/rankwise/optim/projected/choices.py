@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rankwise.errors import OptionError
-from rankwise.optim.updates import LIFT, Update
+from rankwise.optim.projected.updates import LIFT, Update
 
 MOMENTS = ("keep", "rotate", "reset")
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from rankwise.errors import LifeCycleError
 from rankwise.linalg import working_dtype
-from rankwise.optim.low_rank_grad import LowRankGrad
-from rankwise.optim.matrix import ProjectedMatrix
-from rankwise.optim.moments import first_moment
-from rankwise.optim.subspace import orthonormal
+from rankwise.optim.projected.gradient import LowRankGrad
+from rankwise.optim.projected.matrix import ProjectedMatrix
+from rankwise.optim.projected.moments import first_moment
+from rankwise.optim.projected.subspace import orthonormal
 
 
 class Optimizing(Protocol):
