@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +29,8 @@ class Undecayed(Method):
         return {"factors": {"weight_decay": 0.0}}
 
     def amend(self, model: nn.Module, change: Change) -> Change:
-        return change.with_role("factors")
+        replaced = {p: replace(s, role="factors") for p, s in change.replaced.items()}
+        return replace(change, replaced=replaced)
 
     def lr_scale(self, step: int) -> float:
         return 0.5

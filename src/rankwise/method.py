@@ -95,10 +95,7 @@ class Change:
         """Whether wrappers and compiled graphs of the model are out of date."""
         return bool(self.replaced or self.added or self.frozen or self.modules)
 
-    def with_role(self, role: str) -> Change:
-        """The same change, its successors in a role unless they have one already."""
-
-        def placed(entries: Mapping[Parameter, Successors]) -> dict[Parameter, Successors]:
+    def placed(entries: Mapping[Parameter, Successors]) -> dict[Parameter, Successors]:
             return {
                 p: s if s.role is not None else dataclasses.replace(s, role=role)
                 for p, s in entries.items()
