@@ -339,6 +339,11 @@ def test_bounds_for_one_layer_stand_in_for_the_rules_own() -> None:
     assert rule.assign(shapes((64, 64), (64, 64)))["layer0"].rank == 8
 
 
+def test_the_rounding_of_a_ratio_times_the_full_rank_adds_no_rank() -> None:
+    assert 0.07 * 100 > 7
+    assert decided(Ratio(0.01, multiple=1, floor=0.07), (100, 100)) == [7]
+
+
 def test_a_floor_does_not_lift_the_guard() -> None:
     assert decided(Ratio(0.1, floor=40), (64, 64)) == [None]
     assert decided(Ratio(0.1, floor=40, allow_growth=True), (64, 64)) == [40]

@@ -26,6 +26,7 @@ from rankwise.ranks import (
     factorize,
     plan,
 )
+from rankwise.ranks.spectral import Spectra
 
 RULES: list[Rule] = [Energy(0.9), StableRank(), ScaledStableRank(), Entropy(), VBMF()]
 
@@ -149,6 +150,12 @@ def test_a_shared_weight_is_measured_once_and_fixed_layers_never(
     decided = plan(model, VBMF(multiple=1, overrides={"2": 5}), layers="*")
     assert decided.ranks == {"0": 3, "1": 3, "2": 5}
     assert measured == [(64, 64)]
+
+
+def test_singular_values_once_measured_are_kept(measured: list[tuple[int, ...]]) -> None:
+    spectra = Spectra(lambda name: noise(4, 6), VBMF())
+    assert spectra("fc") is spectra("fc")
+    assert measured == [(4, 6)]
 
 
 def test_rules_say_whether_they_read_weights_or_need_a_sample() -> None:
