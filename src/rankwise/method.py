@@ -6,7 +6,6 @@ hook defaults to doing nothing; `rankwise.run.Run` is the only caller. Read this
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -94,14 +93,6 @@ class Change:
     def structural(self) -> bool:
         """Whether wrappers and compiled graphs of the model are out of date."""
         return bool(self.replaced or self.added or self.frozen or self.modules)
-
-    def placed(entries: Mapping[Parameter, Successors]) -> dict[Parameter, Successors]:
-            return {
-                p: s if s.role is not None else dataclasses.replace(s, role=role)
-                for p, s in entries.items()
-            }
-
-        return dataclasses.replace(self, replaced=placed(self.replaced), added=placed(self.added))
 
     def joined(self) -> list[Parameter]:
         """New parameters that the model holds after the change, in order.
