@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 import rankwise
 from rankwise.errors import LifeCycleError, OptionError, SelectionError
 from rankwise.layers import LowRankConv2d, LowRankLinear
+from rankwise.optim import decay
 from rankwise.optim.decay import frobenius_decay_
 from rankwise.optim.penalties import parse_penalty, penalty, penalty_gradients, product_norm
 
@@ -219,6 +220,22 @@ def test_a_tied_layer_decays_once():
         frobenius_decay_(model, 0.5)
     torch.testing.assert_close(twins[0].u.weight.grad, alone[0].u.weight.grad, rtol=0, atol=0)
     assert twins[0].u.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("limit", [0, 10**6])
+def test_equal_layers_decay_together_as_they_do_alone(limit, monkeypatch):
+    monkeypatch.setattr(decay, "SMALL", limit)
+    torch.manual_seed(0)
+    shapes = [(8, 6, 2), (8, 6, 2), (8, 6, 3), (6, 8, 2), (8, 6, 2)]
+    layers = [LowRankLinear(i, o, r, dtype=torch.float64) for i, o, r in shapes]
+    model = nn.Sequential(*layers)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    frobenius_decay_(model, 0.5)
+    for layer in layers:
+        u, v = layer.factors()
+        torch.testing.assert_close(layer.u.weight.grad, 0.5 * u @ (v @ v.T))
+        torch.testing.assert_close(layer.v.weight.grad, 0.5 * (u.T @ u) @ v)
 
 
 def test_autocast_does_not_reach_the_grams():
