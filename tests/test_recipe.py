@@ -8,7 +8,7 @@ import math
 import pytest
 
 from rankwise.errors import OptionError
-from rankwise.training import Recipe
+from rankwise.training import Recipe, records
 from rankwise.training.recipe import FREE
 from rankwise.training.schedule import factor
 
@@ -79,6 +79,18 @@ def test_a_wrong_value_is_named_with_what_is_right(given, words):
     with pytest.raises(OptionError) as caught:
         Recipe.from_mapping(given)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [
+        ("resnet-18", "resnet-18-dense-0"),
+        ("transformers:llama?hidden_size=32&x=1", "transformers-llama-hidden_size-32-x-1-dense-0"),
+        ("timm:hf-hub/a/b", "timm-hf-hub-a-b-dense-0"),
+    ],
+)
+def test_a_run_gets_one_folder_whatever_its_network_is_called(model, folder):
+    assert records.place(Recipe(model=model, method="dense")).parts == ("runs", folder)
 
 
 @pytest.mark.parametrize(

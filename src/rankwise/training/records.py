@@ -6,6 +6,7 @@ Lines have a key `event`: start, plan, epoch, switch, finalize, resume, finish.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -143,7 +144,8 @@ def place(recipe: Recipe, *, again: bool = False) -> Path:
                 "choose another --out"
             )
         return Path(recipe.out)
-    stem = f"{recipe.model}-{recipe.method}-{recipe.seed}"
+    # Names of other libraries' networks hold characters that no folder should.
+    stem = f"{re.sub(r'[^\w.-]+', '-', recipe.model)}-{recipe.method}-{recipe.seed}"
     numbered = (Path("runs") / (f"{stem}-{n}" if n > 1 else stem) for n in range(1, 1_000_000))
     return next(directory for directory in numbered if free(directory))
 
