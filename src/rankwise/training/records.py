@@ -145,7 +145,8 @@ def place(recipe: Recipe, *, again: bool = False) -> Path:
             )
         return Path(recipe.out)
     # Names of other libraries' networks hold characters that no folder should.
-    stem = f"{re.sub(r'[^\w.-]+', '-', recipe.model)}-{recipe.method}-{recipe.seed}"
+    model = re.sub(r"[^\w.-]+", "-", recipe.model)
+    stem = f"{model}-{recipe.method}-{recipe.seed}"
     numbered = (Path("runs") / (f"{stem}-{n}" if n > 1 else stem) for n in range(1, 1_000_000))
     return next(directory for directory in numbered if free(directory))
 
