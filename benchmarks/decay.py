@@ -38,14 +38,12 @@ BATCH = 256
 SIDES = ("grams", "product", "autograd", f"training, {BATCH} rows")
 
 
-def sides(features: int, rank: int) -> dict[str, Callable[[], Any]]:
+def sides(layer: LowRankLinear) -> dict[str, Callable[[], Any]]:
     """One call of each side on the same factors; all add to gradients that are there already."""
-    generator = torch.Generator().manual_seed(0)
-    layer = LowRankLinear(features, features, rank, bias=False)
     u, v = layer.u.weight, layer.v.weight
     for p in (u, v):
         p.grad = torch.zeros_like(p)
-    x = torch.randn(BATCH, features, generator=generator)
+    x = torch.randn(BATCH, layer.in_features, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
     def product() -> None:
@@ -68,7 +66,12 @@ def _grad(parameter: nn.Parameter) -> Tensor:
 
 def measure(features: int, rank: int, options: argparse.Namespace) -> dict[str, Any]:
     """Times of every side, and the ratios to the Grams' round by round."""
-    times = rounds(sides(features, rank), options.repeats, options.seconds, CLOCKS[options.clock])
+    times = rounds(
+        sides(LowRankLinear(features, features, rank, bias=False)),
+        options.repeats,
+        options.seconds,
+        CLOCKS[options.clock],
+    )
     ratios = {
         side: quartiles([a / b for a, b in zip(times[side], times[SIDES[0]], strict=True)])
         for side in SIDES

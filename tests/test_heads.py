@@ -410,6 +410,9 @@ def test_sifd_leaves_the_heads_projections_dense(forms, low):
     run = rankwise.start(model, method, optimizer)
     assert run.plan is not None
     assert len(run.plan.ranks) == low
+    for product in head_products(model, forms):
+        u, v = product.factors()
+        torch.testing.assert_close(u.mT @ u, v @ v.mT, rtol=1e-9, atol=1e-12)
     # Full rank and balanced heads: the function is that of the dense model.
     torch.testing.assert_close(model(x).detach(), whole, rtol=1e-5, atol=1e-6)
     before = [p.detach().clone() for p in model.parameters()]
