@@ -26,6 +26,7 @@ from rankwise.isolation import Probe, losses_around, ordinary_mode, untraced
 from rankwise.method import NO_CHANGE, Change, Context, Method
 from rankwise.optim.groups import Options, group_names, open_roles, regroup, settle
 from rankwise.optim.learning_rate import LearningRateScale
+from rankwise.optim.low_bit import packed, unpacked
 from rankwise.optim.rebind import rebind
 from rankwise.ranks import Plan
 
@@ -253,7 +254,7 @@ class Run:
             "plan": structure.read_plan(self.bare),
             "methods": {key: method.state_dict() for key, method in self._keyed().items()},
             "parameter_names": group_names(self.optimizer, self._names()),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": packed(self.optimizer.state_dict()),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
@@ -283,7 +284,7 @@ class Run:
         for method in self.methods:
             rebind(self.optimizer, method.resume(self.bare), self._names())
         regroup(self.optimizer, self._names(), state_dict["parameter_names"])
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.optimizer.load_state_dict(unpacked(state_dict["optimizer"]))
         self._saved_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.step = int(state_dict["step"])
         for key, method in self._keyed().items():
