@@ -18,7 +18,7 @@ from rankwise.optim.attention import attentions
 from rankwise.optim.decay import decay_, decay_gradients
 from rankwise.optim.heads import balance_heads, head_products
 
-E, H, L = 12, 3, 5  # features, heads, length
+E, H, L = 16, 4, 5  # features, heads, length
 
 
 class Named(nn.Module):
@@ -101,7 +101,8 @@ class Bert(nn.Module):
 KINDS: dict[str, Any] = {
     "llama-like": lambda: Named("q_proj k_proj v_proj o_proj"),
     "bart-like": lambda: Named("q_proj k_proj v_proj out_proj"),
-    "grouped": lambda: Named("q_proj k_proj v_proj o_proj", groups=1),
+    "grouped": lambda: Named("q_proj k_proj v_proj o_proj", groups=2),
+    "one group": lambda: Named("q_proj k_proj v_proj o_proj", groups=1),
     "t5-like": lambda: Named("q k v o", bias=False),
     "distilbert-like": lambda: Named("q_lin k_lin v_lin out_lin"),
     "bert-like": Bert,
