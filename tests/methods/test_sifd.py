@@ -337,6 +337,32 @@ def test_factor_decay_takes_over_at_the_switch(make, order):
     assert_same(run.bare, plain.bare)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_factor_decay_beside_factors_from_the_start(order):
+    methods = [rankwise.Factorized(ranks=4, layers=LOW), FactorDecay(decay="l2")]
+    run = start(methods[::order], adamw, 0.3)
+    plain = start(rankwise.Factorized(ranks=4, layers=LOW), adamw, 0.3)
+    groups = {p: g for g in run.optimizer.param_groups for p in g["params"]}
+    assert {groups[p]["weight_decay"] for p in factors_of(run.bare)} == {0.0}
+    for each in (run, plain):
+        train(each)
+    assert_same(run.bare, plain.bare)
+
+
+def test_layers_that_the_user_made_low_rank_decay_too():
+    model = net()
+    rankwise.factorize(model, 4, layers="low.last")
+    optimizer = sgd(model.parameters(), weight_decay=0.3)
+    method = rankwise.Pufferfish(ranks=4, layers="low.conv", warmup_steps=1)
+    run = rankwise.start(model, [method, FactorDecay()], optimizer)
+    groups = {p: g for g in run.optimizer.param_groups for p in g["params"]}
+    assert {groups[p]["weight_decay"] for p in factors_of(model)} == {0.0}
+    train(run, 2)
+    groups = {p: g for g in run.optimizer.param_groups for p in g["params"]}
+    assert len(factors_of(model)) == 4
+    assert {groups[p]["weight_decay"] for p in factors_of(model)} == {0.0}
+
+
 def test_frobenius_decay_beside_pufferfish_differs_from_weight_decay():
     runs = []
     for beside in ([FactorDecay()], []):
