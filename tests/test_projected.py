@@ -479,6 +479,19 @@ def test_an_unused_matrix_is_not_moved_by_what_was_left() -> None:
     assert torch.equal(before, model[5].weight.detach())
 
 
+def test_proxies_take_memory_during_the_step_alone() -> None:
+    model = mlp()
+    run = begin(model, GaLore(4))
+    proxy = engine_of(run).matrices["0.weight"].proxy
+    during = []
+    run.optimizer.register_step_pre_hook(lambda *_: during.append(proxy.untyped_storage().nbytes()))
+    train(run, batches(2))
+    assert during == [4 * 40 * 4] * 2
+    assert proxy.untyped_storage().nbytes() == 4
+    assert torch.equal(proxy.detach(), torch.zeros(40, 4)), "it can be read all the same"
+    assert torch.equal(copy.deepcopy(proxy.detach()), torch.zeros(40, 4))
+
+
 def test_copies_of_the_model_while_a_gradient_is_held() -> None:
     model = mlp()
     run = begin(model, GaLore(4, every=0))

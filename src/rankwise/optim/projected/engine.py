@@ -109,6 +109,7 @@ class ProjectedGradients:
             self._add_coupled_decay(matrix, held, small)
             gram = None if held.sketch is None else self.bases.gram(matrix)
             self.choices.update.begin(self.bases, matrix, held)
+            matrix.wake()
             self._moved.append((matrix, held, gram))
 
     def _add_coupled_decay(self, matrix: ProjectedMatrix, held: LowRankGrad, small: Tensor) -> None:
@@ -125,7 +126,7 @@ class ProjectedGradients:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Lift what the proxies have become into the weights, and put them back to zero."""
+        """Lift what the proxies have become into the weights, and let them go."""
         for matrix, held, gram in self._moved:
             self._apply(matrix, held)
             if gram is not None and held.sketch is not None:
@@ -133,10 +134,7 @@ class ProjectedGradients:
             elif self.choices.track is not None:
                 self.bases.check_momentum(matrix)
             held.full = held.sketch = held.seen = None
-        if self._moved:
-            torch._foreach_zero_(  # pyright: ignore[reportPrivateImportUsage]
-                [matrix.proxy.data for matrix, _, _ in self._moved]
-            )
+            matrix.rest()
         self._moved = []
         self.bases.step = step
         self._report()

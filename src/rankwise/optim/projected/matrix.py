@@ -86,9 +86,22 @@ class ProjectedMatrix:
         self.failing = False
         local = self.local(weight)
         held = (local.shape[0], local.numel() // local.shape[0])
-        zeros = torch.zeros(self._small_shape(held), dtype=local.dtype, device=local.device)
-        self.proxy = Proxy(zeros)
+        self._proxy_shape = self._small_shape(held)
+        self.proxy = Proxy(self._rest())
         self.proxy.projector = self
+
+    def _rest(self) -> Tensor:
+        local = self.local(self.weight)
+        return torch.zeros(1, dtype=local.dtype, device=local.device).expand(self._proxy_shape)
+
+    def wake(self) -> None:
+        """Give the proxy memory for the step under way; it starts at zero."""
+        local = self.local(self.weight)
+        self.proxy.data = torch.zeros(self._proxy_shape, dtype=local.dtype, device=local.device)
+
+    def rest(self) -> None:
+        """Free the proxy's memory: between steps it is one zero, seen in the proxy's shape."""
+        self.proxy.data = self._rest()
 
     def _small_shape(self, held: tuple[int, int]) -> tuple[int, int]:
         rows = self.rank if "left" in self.sides else held[0]
