@@ -9,12 +9,14 @@ is what is alive when the gradients are accumulated, from the second step on: we
 and states (moments, bases, proxies), apart; `peak` is the most within a step, activations and
 passing tensors included. Rank is a quarter of the width. The published per-layer form steps in
 backward, so it can neither accumulate nor clip: each of its micro-batches is a step. Beside `kept`
-stands what `rankwise.accounting.memory` predicts without training.
+stands what `rankwise.accounting.memory` predicts without training. A call with --json FILE goes on
+with the sides that the file does not have.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -355,17 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(options.models[0], options.sides[0])))
         return 0
     now = datetime.now(UTC)
-    rows = []
-    for name in options.models:
-        for side in options.sides:
-            command = [sys.executable, __file__, "--one", "--models", name, "--sides", side]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(f"{name}, {side}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-                continue
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{name}, {side}: done", flush=True)
-    show(rows)
+    path = options.json or RESULTS / f"gradient_memory-{now:%Y-%m-%dT%H%M%SZ}.json"
     record = {
         "date": now.isoformat(timespec="seconds"),
         "commit": environment.commit(),
@@ -374,13 +366,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "steps": STEPS,
         "micro_batches": MICRO,
         "tokens": TOKENS,
-        "rows": rows,
     }
-    path = options.json or RESULTS / f"gradient_memory-{now:%Y-%m-%dT%H%M%SZ}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nwritten: {path}")
-    return 0 if len(rows) == len(options.models) * len(options.sides) else 1
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    done = {(row["model"], row["side"]) for row in rows}
+    failed = 0
+    for name, side in itertools.product(options.models, options.sides):
+        if (name, side) in done:
+            continue
+        command = [sys.executable, __file__, "--one", "--models", name, "--sides", side]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            failed += 1
+            print(f"{name}, {side}: {ran.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            continue
+        rows.append(json.loads(ran.stdout.splitlines()[-1]))
+        print(f"{name}, {side}: done", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
+    show(rows)
+    print(f"\nrecord: {path}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -387,17 +387,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tokens": TOKENS,
         "period": PERIOD,
     }
+    path = options.json
+    if path is None and not options.smoke:
+        path = RESULTS / f"gradients-{now:%Y-%m-%dT%H%M%SZ}.json"
     rows = []
     for threads, name in itertools.product(options.threads, options.models):
         rows.append(measure(name, threads, options))
         show(rows[-1])
-    path = options.json
-    if path is None and not options.smoke:
-        path = RESULTS / f"gradients-{now:%Y-%m-%dT%H%M%SZ}.json"
+        if path is not None:  # after every row: the next one takes minutes
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = [{**asdict(row), "figures": row.figures()} for row in rows]
+            path.write_text(json.dumps({**record, "rows": content}, indent=1) + "\n")
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = [{**asdict(row), "figures": row.figures()} for row in rows]
-        path.write_text(json.dumps({**record, "rows": content}, indent=1) + "\n")
         print(f"\nwritten: {path}")
     return 0
 
