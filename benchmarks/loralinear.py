@@ -99,11 +99,14 @@ def plot(runs: Chosen, ranks: list[int], folder: Path) -> None:
         axes.set_xlabel("optimizer steps (batch 64)")
     for axes in grid[:, 0]:
         axes.set_ylabel("validation accuracy, %")
-    grid[0, 0].legend(fontsize=7, loc="lower right")
-    _save(figure, folder / "loralinear-curves.png")
+    lines, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(lines, labels, fontsize=8, ncols=9, loc="lower center", columnspacing=1.2)
+    _save(figure, folder / "loralinear-curves.png", bottom=0.04)
 
-    figure, pair = plt.subplots(1, 2, figsize=(9, 3.8))
-    for axes, look, words in zip(pair, (0, -1), ("before training", "at the end"), strict=True):
+    figure, row = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True)
+    words = ("before training", "after half an epoch", "at the end (10 epochs)")
+    for axes, look, title in zip(row, (0, 1, -1), words, strict=True):
+        axes.set_title(title, fontsize=10)
         for kind in KINDS:
             means, deviations = [], []
             for rank in ranks:
@@ -120,15 +123,15 @@ def plot(runs: Chosen, ranks: list[int], folder: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
         axes.set_xlabel("rank of the two hidden layers")
-        axes.set_ylabel(f"validation accuracy {words}, %")
         axes.grid(alpha=0.3)
-    pair[1].legend(fontsize=7, loc="lower right")
+    row[0].set_ylabel("validation accuracy, %")
+    row[0].legend(fontsize=7, loc="upper left")
     _save(figure, folder / "loralinear-ranks.png")
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path, bottom: float = 0.0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     figure.savefig(path, dpi=90)
     print(f"written: {path}")
 
@@ -138,7 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
-    parser.add_argument("--lrs", type=float, nargs="+", default=[0.003, 0.01, 0.03, 0.1, 0.3])
+    rates = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
+    parser.add_argument("--lrs", type=float, nargs="+", default=rates)
     parser.add_argument("--json", type=Path, default=curves.RESULTS / "loralinear.jsonl")
     parser.add_argument("--plot", action="store_true", help="draw docs/studies/loralinear-*.png")
     parser.add_argument("--plots", type=Path, default=curves.PLOTS, help="folder of the plots")
