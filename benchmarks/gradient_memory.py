@@ -6,7 +6,7 @@
 Each side trains the whole network for 5 steps of two micro-batches of 32 tokens with clipping at
 norm 1, in a process of its own. All storages that torch makes are counted while they live. `kept`
 is what is alive when the gradients are accumulated, from the second step on: weights, gradients
-and states (moments, bases, proxies), apart; `peak` is the most within a step, activations and
+and states (moments, bases), apart; `peak` is the most within a step, activations and
 passing tensors included. Rank is a quarter of the width. The published per-layer form steps in
 backward, so it can neither accumulate nor clip: each of its micro-batches is a step. Beside `kept`
 stands what `rankwise.accounting.memory` predicts without training. A call with --json FILE goes on
@@ -256,11 +256,10 @@ class Training:
         gradients = dense.gradients if side.dense_gradients else whole.gradients
         largest = max(p.numel() * p.element_size() for p in model.parameters())
         gradients = largest if side.per_layer else gradients
-        proxies = 0 if side.method == "galore-torch" else whole.proxies
         found = {
             "weights": whole.weights,
             "gradients": gradients,
-            "states": whole.states + whole.bases + proxies,
+            "states": whole.states + whole.bases,
         }
         if ranks is not None:
             only = accounting.memory(model, ranks=ranks, state_bytes=state_bytes, only=True)

@@ -39,12 +39,23 @@ def test_a_step_keeps_what_was_predicted(method, make, states, dtype):
     options = {} if method == "dense" else {"rank": 24}
     run = rankwise.start(model, METHODS[method](**options), optimizer)
     tokens = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(1))
+    weights = {id(p) for p in model.parameters()}
+    stepping: list[int] = []
+    optimizer.register_step_pre_hook(
+        lambda *_: stepping.append(
+            sum(
+                p.untyped_storage().nbytes()
+                for group in optimizer.param_groups
+                for p in group["params"]
+                if id(p) not in weights
+            )
+        )
+    )
     for _ in range(2):
         optimizer.zero_grad()
         F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    weights = {id(p) for p in model.parameters()}
     gradients = [p.grad for p in held if p.grad is not None]
     engine = getattr(run.methods[0], "engine", None)
     matrices = {} if engine is None else engine.matrices
@@ -56,10 +67,12 @@ def test_a_step_keeps_what_was_predicted(method, make, states, dtype):
         gradients=size(*gradients),
         states=size(*moments),
         bases=size(*(m.basis(side) for m in matrices.values() for side in m.sides)),
-        proxies=size(*(p for p in held if id(p) not in weights)),
+        proxies=stepping[-1],
         largest_gradient=max((size(m.weight) for m in matrices.values()), default=0),
     )
     assert len(gradients) == len(held)
+    between = sum(p.untyped_storage().nbytes() for p in held if id(p) not in weights)
+    assert between <= 8 * len(matrices)  # one number each
     ranks = dict.fromkeys(matrices, 24)
     assert accounting.memory(model, states=states, ranks=ranks) == expected
     assert (expected.bases > 0) == (method != "dense")
@@ -77,6 +90,7 @@ def test_the_llama_protocol_by_hand():
     count = 134_105_856
     assert (dense.total, dense.beside_weights) == (16 * count, 12 * count)
     # Of each matrix (M, N): gradient, two moments and proxy of 192 max(M, N), basis 192 min(M, N).
+    assert low.at_step == low.total + low.proxies
     small = 12 * 192 * (4 * 768 + 3 * 2048)
     bases = 12 * 192 * 7 * 768
     outside = count - 12 * (4 * 768**2 + 3 * 768 * 2048)

@@ -22,7 +22,8 @@ class Memory:
         gradients: once they are accumulated.
         states: of the optimizer, one number or more for each of the gradient.
         bases: of projected gradients.
-        proxies: what the optimizer steps in place of projected matrices.
+        proxies: what the optimizer steps in place of projected matrices; they live during the
+            step alone, when the dense gradients of backward and its activations are gone.
         largest_gradient: the largest dense gradient that exists for a moment beside these, while
             a matrix is projected; 0 if none is.
     """
@@ -36,13 +37,18 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All that is kept at the step: without activations and passing dense gradients."""
-        return self.weights + self.gradients + self.states + self.bases + self.proxies
+        """All that is there once gradients are accumulated: no activations, no proxies."""
+        return self.weights + self.gradients + self.states + self.bases
 
     @property
     def beside_weights(self) -> int:
         """All of it but the weights."""
         return self.total - self.weights
+
+    @property
+    def at_step(self) -> int:
+        """All that is there while the optimizer steps."""
+        return self.total + self.proxies
 
 
 def memory(
@@ -55,10 +61,11 @@ def memory(
 ) -> Memory:
     """Predict the bytes that a training step keeps, with some gradients projected.
 
-    A matrix (M, N) at rank R < min(M, N) has a gradient, a proxy and states of R max(M, N) numbers
-    and a basis of R min(M, N) in float32 (GaLore, arXiv 2403.03507). Where gradients are summed
-    over micro-batches without projection, as in the published program, they are dense: there
-    predict gradients with `ranks=None`. Activations depend on the batch and are not counted.
+    A matrix (M, N) at rank R < min(M, N) has a gradient and states of R max(M, N) numbers, as many
+    in a proxy during the step, and a basis of R min(M, N) in float32 (GaLore, arXiv 2403.03507).
+    Where gradients are summed over micro-batches without projection, as in the published program,
+    they are dense: there predict gradients with `ranks=None`. Activations depend on the batch and
+    are not counted.
 
     Args:
         model: any model, also on meta; a parameter shared by several modules counts once.

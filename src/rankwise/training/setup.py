@@ -94,12 +94,9 @@ def size(model: nn.Module, sample: Tensor, units: int) -> tuple[tuple[int, int],
 
 
 def state_bytes(run: rankwise.Run) -> int:
-    """Bytes kept beside the weights from step to step: moments, bases, proxies of projections."""
-    weights = {id(p) for p in run.bare.parameters()}
-    held = [p for group in run.optimizer.param_groups for p in group["params"]]
-    kept = [p for p in held if id(p) not in weights]
+    """Bytes kept beside the weights from step to step: moments, and the methods' bases."""
     states = (*run.optimizer.state.values(), *(method.state_dict() for method in run.methods))
-    kept += [leaf for leaf in tree_leaves(list(states)) if isinstance(leaf, Tensor)]
+    kept = [leaf for leaf in tree_leaves(list(states)) if isinstance(leaf, Tensor)]
     return sum(t.numel() * t.element_size() for t in kept)
 
 
