@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,8 +29,7 @@ def find(reference: Reference) -> Model:
     # A tag says whose weights (`resnet50.a1_in1k`); the network is the same.
     plain = reference.name.partition(".")[0]
     check_name(Reference("timm", plain, {}), timm.list_models())
-    with torch.device("meta"):
-        kind = type(_build(reference, timm, {}))
+    kind = _kind(reference.name)
     allowed = arguments(kind)
     if "img_size" in allowed:
         allowed["img_size"] = None  # a side, or height and width
@@ -57,6 +57,14 @@ def find(reference: Reference) -> Model:
         classes=classes,
         input_shape=usual,
     )
+
+
+@functools.cache
+def _kind(name: str) -> type[nn.Module]:
+    """The class of a network; its arguments are what a name may set."""
+    plain = Reference("timm", name, {})
+    with torch.device("meta"):
+        return type(_build(plain, load(plain), {}))
 
 
 def _build(reference: Reference, timm: Any, given: Mapping[str, Any]) -> nn.Module:

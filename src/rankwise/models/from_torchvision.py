@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,8 +33,7 @@ def find(reference: Reference) -> Model:
     """
     torchvision: Any = load(reference)
     check_name(reference, names(reference))
-    with torch.device("meta"):
-        kind = type(_build(reference, torchvision, {}))
+    kind = _kind(reference.name)
     allowed = arguments(kind)
     reference.check(allowed)
     classes = reference.overrides.get("num_classes", 1000)
@@ -58,6 +58,14 @@ def find(reference: Reference) -> Model:
         classes=classes,
         input_shape=(3, side, side),
     )
+
+
+@functools.cache
+def _kind(name: str) -> type[nn.Module]:
+    """The class of a network; its arguments are what a name may set."""
+    plain = Reference("torchvision", name, {})
+    with torch.device("meta"):
+        return type(_build(plain, load(plain), {}))
 
 
 def _build(reference: Reference, torchvision: Any, given: Mapping[str, Any]) -> nn.Module:

@@ -85,6 +85,12 @@ def _auto(reference: Reference) -> Any:
     return modeling_auto
 
 
+_COUNT_FROM_PADDING = frozenset(
+    ("camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta")
+    + ("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
+)  # their first position is the one after the padding token's id
+
+
 @functools.cache
 def _hide_broken_torchvision() -> None:
     # transformers imports torchvision wherever it finds it, for networks of text too. One that was
@@ -186,6 +192,8 @@ def _input_shape(network: Any, config: Any) -> tuple[int, ...]:
         return (16_000,) if mel is None else (config.max_length, mel)  # a second, or a spectrogram
     text = getattr(config, "text_config", config)
     longest = getattr(text, "max_position_embeddings", None) or 0
+    if config.model_type in _COUNT_FROM_PADDING:
+        longest -= config.pad_token_id + 1
     return (min(longest, MOST_TOKENS) if longest > 0 else FEW_TOKENS,)
 
 
