@@ -30,7 +30,7 @@ Scales = Callable[[Parameter], tuple[float, float]]
 
 
 # Layers of equal shapes whose factors hold at most as many numbers go through one batched call: 24
-# of 128 x 128 in two thirds of the time, while at 512 x 512 it takes longer (benchmarks/decay.py).
+# of 128 x 128 in two thirds of the time, at 512 x 512 it gains nothing (benchmarks/decay.py).
 SMALL = 2**13
 
 
