@@ -10,7 +10,7 @@ and states (moments, bases), apart; `peak` is the most within a step, activation
 passing tensors included. Rank is a quarter of the width. The published per-layer form steps in
 backward, so it can neither accumulate nor clip: each of its micro-batches is a step. Beside `kept`
 stands what `rankwise.accounting.memory` predicts without training. A call with --json FILE goes on
-with the sides that the file does not have.
+with the sides that the file does not have; --predict shows the formula alone.
 """
 
 from __future__ import annotations
@@ -118,26 +118,28 @@ class Side:
         options: of the method.
         per_layer: step each weight in backward (the published program's second form).
         bits: of the base optimizer's states.
-        dense_gradients: whether gradients are accumulated before they are projected.
+        gradients: what is accumulated of a projected matrix: the "small" gradient, the "dense"
+            one (residual methods project it at the first look, as clipping takes), or "sketch":
+            the small one and as many numbers as the basis has.
     """
 
     method: str
     options: Mapping[str, Any]
     per_layer: bool = False
     bits: int = 32
-    dense_gradients: bool = False
+    gradients: str = "small"
 
 
 SIDES = {
     "AdamW": Side("dense", {}),
-    "galore-torch": Side("galore-torch", {}, dense_gradients=True),
+    "galore-torch": Side("galore-torch", {}, gradients="dense"),
     "galore-torch per layer": Side("galore-torch", {}, per_layer=True),
     "GaLore": Side("galore", {"every": 200}),
     "GaLore, embedding and head too": Side("galore", {"every": 200, "layers": "*.weight"}),
     "GaLore, 8-bit base": Side("galore", {"every": 200}, bits=8),
-    "APOLLO": Side("apollo", {"every": 200}),
-    "Fira": Side("fira", {"every": 200}),
-    "tracked": Side("tracked", {}),
+    "APOLLO": Side("apollo", {"every": 200}, gradients="dense"),
+    "Fira": Side("fira", {"every": 200}, gradients="dense"),
+    "tracked": Side("tracked", {}, gradients="sketch"),
 }
 
 
@@ -164,8 +166,7 @@ class Training:
         self.model = models.build(name)
         for parameter in self.model.parameters():
             live.add(parameter, "weights")
-        width = self.model.get_parameter("norm.weight").numel()
-        self.rank = width // 4
+        self.rank = rank_of(self.model)
         self.vocabulary = models.MODELS[name].classes
         self.run: rankwise.Run | None = None
         self.optimizers: list[Optimizer] = []
@@ -243,30 +244,62 @@ class Training:
                 for tensor in _tensors(method.state_dict()):
                     self.live.add(tensor, "states")
 
-    def predicted(self) -> dict[str, int]:
-        """Bytes kept, by the formula; of the whole network, and of the projected matrices."""
-        side, model = self.side, self.model
-        chosen: dict[str, int] = dict.fromkeys(inner(model), self.rank)
-        if side.options.get("layers"):
-            chosen = {n: self.rank for n, p in model.named_parameters() if p.dim() == 2}
-        ranks = None if side.method == "dense" else chosen
-        state_bytes = 4 if side.bits == 32 else 1 + 4 / 256
-        dense = accounting.memory(model)
-        whole = accounting.memory(model, ranks=ranks, state_bytes=state_bytes)
-        gradients = dense.gradients if side.dense_gradients else whole.gradients
-        largest = max(p.numel() * p.element_size() for p in model.parameters())
-        gradients = largest if side.per_layer else gradients
-        found = {
-            "weights": whole.weights,
-            "gradients": gradients,
-            "states": whole.states + whole.bases,
-        }
-        if ranks is not None:
-            only = accounting.memory(model, ranks=ranks, state_bytes=state_bytes, only=True)
-            found["projected alone"] = only.beside_weights
-            only_dense = accounting.memory(model, ranks=dict.fromkeys(ranks, 10**9), only=True)
-            found["the same dense"] = only_dense.gradients + only_dense.states
-        return found
+
+def predicted(model: nn.Module, side: Side) -> dict[str, int]:
+    """Bytes kept, by the formula; of the whole network, and of the projected matrices."""
+    rank = rank_of(model)
+    chosen: dict[str, int] = dict.fromkeys(inner(model), rank)
+    if side.options.get("layers"):
+        chosen = {n: rank for n, p in model.named_parameters() if p.dim() == 2}
+    ranks = None if side.method == "dense" else chosen
+    state_bytes = 4 if side.bits == 32 else 1 + 4 / 256
+    whole = accounting.memory(model, ranks=ranks, state_bytes=state_bytes)
+    if ranks is None:
+        return {"weights": whole.weights, "gradients": whole.gradients, "states": whole.states}
+    only = accounting.memory(model, ranks=ranks, state_bytes=state_bytes, only=True)
+    dense = accounting.memory(model, ranks=dict.fromkeys(ranks, 10**9), only=True)
+    more = {
+        "small": 0,
+        "dense": dense.gradients - only.gradients,
+        "sketch": only.bases,
+    }[side.gradients]
+    return {
+        "weights": whole.weights,
+        # In the per-layer form each one is gone when the next one comes.
+        "gradients": 0 if side.per_layer else whole.gradients + more,
+        "states": whole.states + whole.bases,
+        "projected alone": only.beside_weights + (-only.gradients if side.per_layer else more),
+        "the same dense": dense.gradients + dense.states,
+    }
+
+
+def rank_of(model: nn.Module) -> int:
+    """A quarter of the width."""
+    return model.get_parameter("norm.weight").numel() // 4
+
+
+def predict(names: Sequence[str], sides: Sequence[str]) -> None:
+    """The formula alone: nothing is built, nothing trained."""
+    kinds = KINDS[:3]
+    heads = "".join(f"{kind:>11}" for kind in (*kinds, "kept", "below", "projected", "below"))
+    print(f"{'model':<12}{'side':<32}{heads}  MiB, predicted")
+    for name in names:
+        with torch.device("meta"):
+            model = models.build(name)
+        dense = sum(predicted(model, SIDES["AdamW"])[kind] for kind in kinds)
+        for side in sides:
+            found = predicted(model, SIDES[side])
+            kept = sum(found[kind] for kind in kinds)
+            figures = "".join(f"{found[kind] / MIB:>11.0f}" for kind in kinds)
+            alone, same = found.get("projected alone"), found.get("the same dense")
+            part = (
+                ""
+                if alone is None or same is None
+                else f"{alone / MIB:>11.0f}{1 - alone / same:>11.1%}"
+            )
+            print(
+                f"{name:<12}{side:<32}{figures}{kept / MIB:>11.0f}{1 - kept / dense:>11.1%}{part}"
+            )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -303,8 +336,8 @@ def measure(name: str, side_name: str) -> dict[str, Any]:
             training.step()
             peaks.append(live.peak)
         after = dict(live.now)
-    predicted = training.predicted()
-    whole = sum(predicted[kind] for kind in KINDS[:3])
+    formula = predicted(training.model, side)
+    whole = sum(formula[kind] for kind in KINDS[:3])
     return {
         "model": name,
         "side": side_name,
@@ -315,7 +348,7 @@ def measure(name: str, side_name: str) -> dict[str, Any]:
         "first_peak": sum(peaks[0].values()) / MIB,
         "peak": sum(peaks[-1].values()) / MIB,
         "at_peak": _mib(peaks[-1]),
-        "predicted": _mib(predicted),
+        "predicted": _mib(formula),
         "predicted_total": whole / MIB,
     }
 
@@ -346,6 +379,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=known, default=list(NETWORKS))
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--json", type=Path, help="record; benchmarks/results/... by default")
+    parser.add_argument("--predict", action="store_true", help="the formula alone, in a second")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -354,6 +388,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     if options.one:
         print(json.dumps(measure(options.models[0], options.sides[0])))
+        return 0
+    if options.predict:
+        predict(options.models, options.sides)
         return 0
     now = datetime.now(UTC)
     path = options.json or RESULTS / f"gradient_memory-{now:%Y-%m-%dT%H%M%SZ}.json"

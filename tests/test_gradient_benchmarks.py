@@ -175,8 +175,9 @@ def test_live_bytes_rise_fall_and_move_between_kinds(memory):
 
 
 def test_what_a_step_keeps_is_what_the_formula_predicts(memory):
-    dense, low = (memory.measure("llama-tiny", side) for side in ("AdamW", "GaLore"))
-    for row in (dense, low):
+    sides = ("AdamW", "GaLore", "tracked", "Fira")
+    dense, low, *others = (memory.measure("llama-tiny", side) for side in sides)
+    for row in (dense, low, *others):
         assert row["kept_total"] == pytest.approx(row["predicted_total"], rel=1e-3)
         for kind in ("weights", "gradients", "states"):
             assert row["kept"][kind] == pytest.approx(row["predicted"][kind], abs=0.01)
