@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import rankwise
-from rankwise import data
-from rankwise.cli import main
+from rankwise import data, ranks
+from rankwise.cli import main, tables
 from rankwise.cli.console import Live
 from rankwise.cli.parser import parse
 from rankwise.methods import METHODS
@@ -280,3 +282,20 @@ def test_a_terminal_that_knows_only_ascii_still_gets_its_table():
     )
     assert done.returncode == 0, done.stderr
     assert "16 of 128" in done.stdout
+
+
+def test_equal_layers_of_a_long_plan_share_a_row():
+    blocks = [nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 64)) for _ in range(24)]
+    wide = nn.Linear(32, 32)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([*blocks, nn.Sequential(wide)])})
+    plan = ranks.plan(model, ranks.Fixed(4, overrides={"blocks.7.0": 2}))
+    rows = [name for name, _ in tables._rows(plan.layers)]
+    assert rows == [
+        "blocks.0.0",
+        "24× blocks.*.1",
+        "22× blocks.*.0",
+        "blocks.7.0",
+        "blocks.24.0",
+    ]
+    short = dataclasses.replace(plan, layers=plan.layers[:10])
+    assert [name for name, _ in tables._rows(short.layers)] == [line.name for line in short.layers]

@@ -79,7 +79,7 @@ def test_an_auxiliary_classifier_is_off_so_that_training_sees_one_output():
         ("timm:resnet50?pretrained=true", "unknown key 'pretrained'"),
         ("timm:resnet50?block=x", "unknown key 'block'"),
         ("timm:resnet50?num_classes=ten", "num_classes='ten' must be a whole number"),
-        ("timm:resnet50?channels=8", "cannot be built with"),
+        ("timm:resnet50?layers=true", "cannot be built with"),
         ("torchvision:resnt50", "the closest are resnet50"),
         ("torchvision:resnet50?weights=DEFAULT", "unknown key 'weights'"),
         ("torchvision:resnet50?num_classes=[3]", "num_classes=[3] must be a whole number"),

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.ranks import Plan
+from rankwise.ranks import LayerPlan, Plan
 from rankwise.training.report import Result
 from rankwise.training.task import TASKS, Score
 
@@ -28,10 +28,14 @@ def plain(*columns: str) -> Table:
 
 
 def plan(plan: Plan) -> RenderableType:
-    """The layers, their ranks, what that saves, and (below) why the others stay dense."""
+    """The layers, their ranks, what that saves, and (below) why the others stay dense.
+
+    In a long plan the equal layers of repeated blocks share a row.
+    """
     table = _numbers("layer", "shape", "rank", "break-even", "parameters", "ratio", "FLOPs")
     reasons: list[str] = []
-    for layer in plan.layers:
+    groups = _rows(plan.layers)
+    for name, layer in groups:
         rank = f"{layer.rank} of {layer.shape.full_rank}"
         if layer.rank is None:
             if layer.reason not in reasons:
@@ -39,7 +43,7 @@ def plan(plan: Plan) -> RenderableType:
             rank = f"dense ({reasons.index(layer.reason) + 1})"
         low = layer.rank is not None
         table.add_row(
-            layer.name,
+            name,
             str(layer.shape),
             rank,
             str(layer.break_even),
@@ -49,11 +53,36 @@ def plan(plan: Plan) -> RenderableType:
             style="cyan" if low else "dim",
         )
     why = [f"({n}) {reason or 'no rule was asked'}" for n, reason in enumerate(reasons, start=1)]
+    if len(groups) < len(plan.layers):
+        why.append("n×: so many equal layers; the numbers are those of one")
     return Group(
         table,
         Text("\n".join(why), style="dim"),
         Text("\n".join((plan.summary(), *plan.notes)), style="bold"),
     )
+
+
+LONG = 40  # layers from which on equal ones share a row
+
+
+def _rows(layers: Sequence[LayerPlan]) -> list[tuple[str, LayerPlan]]:
+    """What to call each row, and its layer; the first one of several equal."""
+    if len(layers) < LONG:
+        return [(layer.name, layer) for layer in layers]
+    groups: dict[Any, list[LayerPlan]] = {}
+    for layer in layers:
+        same = (re.sub(r"\d+", "#", layer.name), layer.kind, layer.shape, layer.rank)
+        groups.setdefault((*same, layer.reason, layer.flops), []).append(layer)
+    return [(_together([each.name for each in group]), group[0]) for group in groups.values()]
+
+
+def _together(names: Sequence[str]) -> str:
+    """`12× blocks.*.fc1` for names that differ in numbers only; `--layers` reads such globs."""
+    if len(names) == 1:
+        return names[0]
+    parts = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
+    glob = "".join(values[0] if len(set(values)) == 1 else "*" for values in parts)
+    return f"{len(names)}× {glob}"
 
 
 def _numbers(*columns: str) -> Table:
