@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="20 for mnist-5k, 8 for a folder")
     parser.add_argument("--target", type=float, default=0.1, help="parameters over dense")
     parser.add_argument("--json", type=Path, default=curves.RESULTS / "ablation.jsonl")
-    parser.add_argument("--plot", action="store_true", help="draw docs/studies/ablation-NAME.png")
+    parser.add_argument("--plot", action="store_true", help="draw docs/studies/ablation-*.png")
     parser.add_argument("--plots", type=Path, default=curves.PLOTS, help="folder of the plots")
     parser.add_argument("--smoke", action="store_true", help="two steps a run: tests the script")
     options = parser.parse_args(argv)
@@ -132,22 +132,20 @@ def main(argv: list[str] | None = None) -> None:
     if options.smoke:
         schedule = curves.Schedule(steps=2, batch=128, every=1)
     rows = curves.Rows(options.json, KEY)
-    common = {"data": name, "checksum": splits.checksum, "epochs": epochs, "target": options.target}
+    common = {"data": name, "checksum": splits.checksum, "epochs": epochs}
+    chosen = []
     for seed in options.seeds:
         for arm in ARMS:
-            setting = {**common, "arm": arm, "seed": seed}
+            target = 1.0 if arm == "dense" else options.target
+            setting = {**common, "arm": arm, "seed": seed, "target": target}
             if rows.missing(setting):
                 row = one(arm, seed, options.target, splits, schedule)
                 rows.add({**row, **setting})
                 print(f"{arm} {seed}: {row['accuracy'][-1]:.4f}, {row['seconds']} s", flush=True)
-    chosen = [
-        r
-        for r in rows.rows
-        if all(r[k] == v for k, v in common.items()) and r["seed"] in options.seeds
-    ]
+            chosen.append(rows.find(setting))
     report(chosen)
     if options.plot:
-        plot(chosen, options.plots / f"ablation-{name}.png")
+        plot(chosen, options.plots / f"ablation-{name}-{options.target:g}.png")
 
 
 if __name__ == "__main__":
