@@ -181,6 +181,23 @@ def test_the_projected_step_is_that_of_the_projected_gradient(maximize: bool) ->
         torch.testing.assert_close(basis.T @ basis, torch.eye(4), rtol=0, atol=1e-5)
 
 
+@all_methods
+def test_maximizing_the_negated_loss_is_minimizing_the_loss(name: str) -> None:
+    models = []
+    for sign in (1, -1):
+        model = mlp()
+        run = begin(
+            model, METHODS[name](), partial(sgd, maximize=sign < 0, weight_decay=0.05, lr=0.05)
+        )
+        for batch in batches(6):
+            (sign * loss_of(model, batch)).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        models.append(model)
+    assert gap(models[0], mlp()) > 1e-3
+    assert gap(*models) < 1e-5
+
+
 # ---------------------------------------------------------------- accumulation, zeroing, clipping
 
 

@@ -17,6 +17,7 @@ from rankwise.methods.ldadam import LDAdam
 from rankwise.methods.qgalore import QGaLore
 from rankwise.methods.tracked import Tracked
 from rankwise.optim.projected.matrix import ProjectedMatrix
+from rankwise.optim.projected.updates import limit_growth_
 
 SHAPES = [(12, 8), (8, 12), (8, 8)]
 R, LR = 3, 0.02
@@ -97,6 +98,18 @@ def test_fira_adds_the_residual_at_the_gain_of_its_channel(shape: tuple[int, int
         last = rest.norm()
         expected = -LR * 0.5 * (n @ q.T + rest)
         assert_same(moved, expected if one.right else expected.T)
+
+
+def test_the_limiter_remembers_the_last_step_that_had_a_gradient() -> None:
+    """And never lets a norm of nothing, or of no number, be what growth is counted from."""
+    memory: dict[str, Tensor] = {}
+    norms = []
+    for size in (1.0, 0.0, 100.0, float("inf"), 100.0):
+        update = torch.full((4,), size / 2)
+        limit_growth_(update, memory, 1.1, 1.0)
+        norms.append(float(update.norm()))
+    assert norms[:3] == pytest.approx([1.0, 0.0, 1.1])
+    assert norms[4] == pytest.approx(1.21)
 
 
 @shapes

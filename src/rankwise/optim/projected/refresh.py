@@ -47,6 +47,12 @@ class Bases:
         source = self.context.options
         return {} if source is None else source.state(matrix.proxy)
 
+    def first_moment(self, matrix: ProjectedMatrix) -> Tensor | None:
+        """The moment that follows the gradient; optimizers that maximise keep its negative."""
+        moment = moment_rules.first_moment(self.moments(matrix))
+        negated = moment is not None and self.options(matrix).get("maximize")
+        return -moment if negated and moment is not None else moment
+
     def learning_rate(self, matrix: ProjectedMatrix) -> float:
         """The rate of the step under way."""
         return self.context.learning_rate(matrix.proxy)
@@ -73,7 +79,7 @@ class Bases:
         """G^T M, or G M^T for a left basis, with the first moment M of the last step."""
         if self.choices.track is None or matrix.identity:
             return None
-        moment = moment_rules.first_moment(self.moments(matrix))
+        moment = self.first_moment(matrix)
         if moment is None:
             return None
         side, gradient = matrix.sides[0], full.flatten(1)
@@ -81,7 +87,7 @@ class Bases:
 
     def gram(self, matrix: ProjectedMatrix) -> Tensor | None:
         """M^T M (R, R) of the first moment M that sketches of this step were made with."""
-        moment = moment_rules.first_moment(self.moments(matrix))
+        moment = self.first_moment(matrix)
         if moment is None:
             return None
         facing = matrix.facing(matrix.sides[0], moment)
@@ -93,7 +99,7 @@ class Bases:
         Raises:
             LifeCycleError: after its first step of a matrix it keeps no first moment.
         """
-        if not matrix.identity and moment_rules.first_moment(self.moments(matrix)) is None:
+        if not matrix.identity and self.first_moment(matrix) is None:
             raise LifeCycleError(
                 f"a tracked basis follows the optimizer's first moment, but it keeps none for "
                 f"{matrix.name}; give SGD a momentum, take Adam or Lion, or choose GaLore"

@@ -18,7 +18,6 @@ from rankwise.errors import LifeCycleError
 from rankwise.linalg import working_dtype
 from rankwise.optim.projected.gradient import LowRankGrad
 from rankwise.optim.projected.matrix import ProjectedMatrix
-from rankwise.optim.projected.moments import first_moment
 from rankwise.optim.projected.subspace import orthonormal
 
 
@@ -33,8 +32,8 @@ class Optimizing(Protocol):
         """The options of the proxy's group."""
         ...
 
-    def moments(self, matrix: ProjectedMatrix) -> Mapping[str, Any]:
-        """The optimizer's state of the proxy."""
+    def first_moment(self, matrix: ProjectedMatrix) -> Tensor | None:
+        """The proxy's moment that follows the gradient, or None."""
         ...
 
     def replace_basis(self, matrix: ProjectedMatrix, bases: Mapping[str, Tensor]) -> bool:
@@ -105,7 +104,7 @@ class ChannelResidual:
         rest = held.full.flatten(1)
         matrix.lift_into(rest, held.small, -1.0)
         rest.mul_(_gain(matrix.proxy, held.small, matrix.channels()))
-        _limit_growth_(rest, matrix.memory, self.growth, step.rate)
+        limit_growth_(rest, matrix.memory, self.growth, step.rate)
         step.target.add_(rest, alpha=-step.scale * step.sign)
 
 
@@ -138,7 +137,7 @@ class GradientScaling:
             sides = 1 if matrix.shape[0] >= matrix.shape[1] else 0
         whole.mul_(_gain(matrix.proxy, held.small, None if self.per == "tensor" else sides))
         if self.growth:
-            _limit_growth_(whole, matrix.memory, self.growth, step.rate)
+            limit_growth_(whole, matrix.memory, self.growth, step.rate)
         if step.keep != 1.0:
             step.target.mul_(step.keep)
         step.target.add_(whole, alpha=-(step.scale**0.5) * step.sign)
@@ -185,7 +184,7 @@ class ErrorFeedback:
         if held.full is None or held.small is None:
             return
         total = _add_memory(matrix, held, "error")
-        side, past = matrix.sides[0], first_moment(engine.moments(matrix))
+        side, past = matrix.sides[0], engine.first_moment(matrix)
         wide = total if total.dtype in (torch.float32, torch.float64) else total.float()
         facing, basis = matrix.facing(side, wide), matrix.basis(side)
         factor = facing @ basis
@@ -276,7 +275,7 @@ def _gain(proxy: Tensor, small: Tensor, dim: int | None) -> Tensor:
     return (above / below).masked_fill_(~(below > 0), 0)
 
 
-def _limit_growth_(update: Tensor, memory: dict[str, Tensor], growth: float, rate: float) -> None:
+def limit_growth_(update: Tensor, memory: dict[str, Tensor], growth: float, rate: float) -> None:
     """Keep the update's norm from growing by more than a factor a step, in units of the rate.
 
     A norm of zero or one that is not finite is not remembered: the limiter would never let the
