@@ -457,3 +457,54 @@ def test_resume_with_heads_is_exact(make, tmp_path):
     train(again, range(2, 4))
     for a, b in zip(whole.bare.parameters(), again.bare.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("forms", ["qk", "ov", "qk+ov"])
+@pytest.mark.parametrize(
+    "layers", ["*.linear1", "*.v", "*.out_proj", "*.q", "*.q,*.k", "*.in_proj"]
+)
+def test_decay_goes_on_where_an_attention_is_opened_or_factorised_at_the_switch(
+    layers, forms, make, tmp_path
+):
+    """With l2 every part of the model decays as by the optimizer alone, before and after."""
+
+    def begin(*beside: rankwise.Method, **options: Any) -> Any:
+        model = tiny()
+        optimizer = make(model.parameters(), lr=0.01, weight_decay=0.2)
+        switch = rankwise.Pufferfish(ranks=4, layers=layers, warmup_steps=2)
+        return rankwise.start(model, [switch, *beside], optimizer, **options)
+
+    def train(run: Any, steps: range) -> None:
+        for step in steps:
+            run.optimizer.zero_grad()
+            (run.model(inputs(6) + step) ** 2).mean().backward()
+            run.optimizer.step()
+
+    plain, run = begin(), begin(FactorDecay(decay="l2", attention=forms))
+    for each in (plain, run):
+        train(each, range(3))
+    rankwise.save(tmp_path, run)
+    again = begin(FactorDecay(decay="l2", attention=forms), resume=tmp_path)
+    for each in (plain, run, again):
+        train(each, range(3, 6))
+    for (name, a), (_, b) in zip(
+        run.bare.named_parameters(), plain.bare.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+    for a, b in zip(run.bare.parameters(), again.bare.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_strength_given_is_that_of_the_heads_and_of_nothing_else():
+    """The packed values, which share a parameter with the heads, keep their own weight decay."""
+    model = tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.2)
+    rankwise.start(model, [FactorDecay(decay="l2", attention="qk", strength=0.0)], optimizer)
+    packed = model.layer.self_attn.in_proj_weight
+    before = packed.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    expected = torch.cat([before[: 2 * E], before[2 * E :] * (1 - 0.01 * 0.2)])
+    torch.testing.assert_close(packed.detach(), expected, rtol=1e-12, atol=1e-12)

@@ -39,12 +39,14 @@ class Projection:
         weight: the rows of a parameter that are its matrix.
         biases: what is added to its outputs: its bias, a learned key or value.
         obstacle: why it is no plain matrix, or empty.
+        low_rank: that reason is that it is a low-rank layer.
     """
 
     name: str
     weight: Part
     biases: tuple[Part, ...] = ()
     obstacle: str = ""
+    low_rank: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -143,7 +145,8 @@ def _layer(
     elif type(layer) not in _PLAIN or "weight" not in layer._parameters:
         obstacle = f"{name} is a {type(layer).__name__}, whose forward is not that of nn.Linear"
     if obstacle:
-        return Projection(name, Part(Parameter()), (), obstacle)
+        low_rank = isinstance(layer, LowRankLayer)
+        return Projection(name, Part(Parameter()), (), obstacle, low_rank)
     weight: Any = layer._parameters["weight"]
     bias = layer._parameters.get("bias")
     biases = () if bias is None else (Part(bias, rows),)

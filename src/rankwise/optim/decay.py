@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from rankwise.errors import LifeCycleError, OptionError, SelectionError
 from rankwise.layers import LowRankLayer
 from rankwise.method import NO_CHANGE, Change, Context, Successors
+from rankwise.optim.groups import ROLE as GROUP
 from rankwise.optim.heads import head_products
 from rankwise.optim.penalties import left_product, parse_penalty, pulls, right_product
 from rankwise.optim.products import Part, Product, layer_products
@@ -198,7 +199,9 @@ class RunDecay:
         """
         if not self._terms:
             return NO_CHANGE
-        held = {part.parameter: None for p in self._find(model) for part in p.parts}
+        heads = head_products(model, self._attention)
+        products = (*layer_products(model), *heads)
+        held = {part.parameter: None for p in products for part in p.parts}
         return Change(added={p: Successors((p,), role=ROLE) for p in held})
 
     def amend(self, change: Change) -> Change:
@@ -223,10 +226,11 @@ class RunDecay:
         """Decay once: call it with complete gradients, before the optimizer's step."""
         if not self._terms:
             return
-        products, scales = self._find(model), self._scales(context)
-        acted = decay_(products, self._terms, scales)
+        products = self._find(model, context)
+        acted = decay_(products, self._terms, _scales(context, self._strength))
+        own = _scales(context, None)
         for part in self._rest:
-            acted += _decay_plainly(part, scales(part.parameter))
+            acted += _decay_plainly(part, own(part.parameter))
         if products and not acted and not self._warned:
             self._warned = True
             logger.warning(
@@ -234,34 +238,44 @@ class RunDecay:
                 "has a gradient; set weight_decay on the optimizer, or strength="
             )
 
-    def _find(self, model: nn.Module) -> list[Product]:
+    def _find(self, model: nn.Module, context: Context) -> list[Product]:
         if self._products is None:
-            heads = head_products(model, self._attention)
+            # Projections that became low-rank during the run are products of their own.
+            heads = head_products(model, self._attention, low_rank="skip")
             self._products = [*layer_products(model), *heads]
-            self._rest = _rest_of_packed(heads)
+            options = context.options
+            assert options is not None
+            groups = ((p, options.group(p) or {}) for p in model.parameters())
+            moved = [p for p, g in groups if g.get(GROUP, "").endswith(f":{ROLE}")]
+            self._rest = _rest(moved, self._products)
         return self._products
 
-    def _scales(self, context: Context) -> Scales:
-        options = context.options
-        assert options is not None
 
-        def scales(parameter: Parameter) -> tuple[float, float]:
-            given = self._strength
-            wanted = context.weight_decay(parameter) if given is None else given
-            if options.decoupled_decay(parameter):
-                return 0.0, -context.learning_rate(parameter) * wanted
-            group = options.group(parameter) or {}
-            return (-wanted if group.get("maximize") else wanted), 0.0
+def _scales(context: Context, strength: float | None) -> Scales:
+    """Of a run's parameters; without `strength` each has the weight decay its user gave it."""
+    options = context.options
+    assert options is not None
 
-        return scales
+    def scales(parameter: Parameter) -> tuple[float, float]:
+        wanted = context.weight_decay(parameter) if strength is None else strength
+        if options.decoupled_decay(parameter):
+            return 0.0, -context.learning_rate(parameter) * wanted
+        group = options.group(parameter) or {}
+        return (-wanted if group.get("maximize") else wanted), 0.0
+
+    return scales
 
 
-def _rest_of_packed(products: Iterable[Product]) -> list[Part]:
-    """Rows that share a parameter with a product, but belong to none: values, beside "qk" alone."""
-    used: dict[Parameter, Tensor] = {}
+def _rest(moved: Iterable[Parameter], products: Iterable[Product]) -> list[Part]:
+    """Rows in the group without weight decay that belong to no product.
+
+    Beside "qk" alone the packed values; after a switch whatever else was cut from a packed weight,
+    and dense projections whose counterpart became low-rank.
+    """
+    used = {p: torch.zeros(len(p), dtype=torch.bool) for p in moved}
     for part in (part for product in products for part in product.parts):
-        rows = used.setdefault(part.parameter, torch.zeros(len(part.parameter), dtype=torch.bool))
-        part.of(rows).fill_(True)
+        if part.parameter in used:
+            part.of(used[part.parameter]).fill_(True)
     rest = []
     for parameter, rows in used.items():
         free = (~rows).nonzero().flatten().tolist()

@@ -24,12 +24,14 @@ FORMS = ("none", "qk", "ov", "qk+ov")
 _USED = {"qk": ("q", "k"), "ov": ("o", "v")}
 
 
-def head_products(model: nn.Module, forms: str) -> list[Product]:
+def head_products(model: nn.Module, forms: str, *, low_rank: str = "refuse") -> list[Product]:
     """The products of all attention heads of a model, one for each module and form.
 
     Args:
         model: any model.
         forms: "qk", "ov", "qk+ov" or "none".
+        low_rank: "refuse" heads of low-rank projections, or "skip" them: a run that was begun with
+            dense ones does not break off where a method factorises them later.
 
     Raises:
         SelectionError: forms are asked for, and no attention is found.
@@ -37,7 +39,7 @@ def head_products(model: nn.Module, forms: str) -> list[Product]:
             projections that are no dense matrices.
         OptionError: unknown forms.
     """
-    return [product for _, _, product in _forms(model, forms)]
+    return [product for _, _, product in _forms(model, forms, skip=low_rank == "skip")]
 
 
 def projections(model: nn.Module, forms: str) -> set[str]:
@@ -103,7 +105,9 @@ def _balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _forms(model: nn.Module, forms: str) -> Iterator[tuple[str, Attention, Product]]:
+def _forms(
+    model: nn.Module, forms: str, *, skip: bool = False
+) -> Iterator[tuple[str, Attention, Product]]:
     if forms not in FORMS:
         raise OptionError(unknown("attention forms", str(forms), FORMS))
     if forms == "none":
@@ -119,7 +123,8 @@ def _forms(model: nn.Module, forms: str) -> Iterator[tuple[str, Attention, Produ
         )
     for attention in found:
         for form in forms.split("+"):
-            yield form, attention, _product(attention, form)
+            if not (skip and any(getattr(attention, n).low_rank for n in _USED[form])):
+                yield form, attention, _product(attention, form)
 
 
 def _product(attention: Attention, form: str) -> Product:
