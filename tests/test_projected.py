@@ -315,6 +315,38 @@ def test_unscaling_by_the_optimizer_and_clipping_by_the_model_count_once() -> No
     assert gap(*models) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        partial(GaLore, 4, every=0),
+        partial(Fira, 4, every=0),
+        METHODS["feedback"],
+        METHODS["tracked"],
+    ],
+)
+def test_scaling_between_micro_batches_reaches_what_came_before_alone(method: Any) -> None:
+    """Once the first bases stand: one that is found at the look sees the first part alone."""
+    models = []
+    for apart in (False, True):
+        model = mlp()
+        run = begin(model, method(), partial(sgd, lr=0.02))
+        train(run, batches(2))
+        for first, second in zip(batches(5), batches(5, seed=2), strict=True):
+            if apart:
+                loss_of(model, first).backward()
+                for group in run.optimizer.param_groups:
+                    for p in group["params"]:
+                        p.grad.mul_(0.25)
+                loss_of(model, second).backward()
+            else:
+                (loss_of(model, first) / 4 + loss_of(model, second)).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        models.append(model)
+    assert gap(models[0], mlp()) > 1e-3
+    assert gap(*models) < 1e-5
+
+
 def test_edits_that_have_no_meaning_in_the_subspace_are_refused() -> None:
     model = mlp()
     run = begin(model, GaLore(4, every=0))
