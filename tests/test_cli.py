@@ -199,6 +199,14 @@ def test_every_rank_rule_can_be_written(capsys, tmp_path, rule):
     assert saved.summary() in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_plan_that_cannot_be_written_is_said_in_one_line(tmp_path, capsys):
+    asked = ["plan", "--model", "mlp-128x4", "--input-shape", "1,8,8"]
+    for place in (tmp_path / "none" / "plan.json", tmp_path):
+        assert main([*asked, "--save", str(place)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"rankwise: --save {place}: the plan cannot be written: ")
+
+
 def test_the_plan_is_shown_without_training(capsys, tmp_path):
     assert main(["plan", "--model", "mlp-512x2", "--input-shape", "3,32,32", "--ranks", "64"]) == 0
     out = capsys.readouterr().out

@@ -97,7 +97,12 @@ def plan_command(asked: argparse.Namespace) -> int:
     plan = dataclasses.replace(plan, notes=(*plan.notes, *notes))
     console.print(tables.plan(plan))
     if asked.save is not None:
-        plan.save(asked.save)
+        try:
+            plan.save(asked.save)
+        except OSError as error:
+            raise OptionError(
+                f"--save {asked.save}: the plan cannot be written: {error.strerror or error}"
+            ) from error
     return 0
 
 
