@@ -14,6 +14,7 @@ from rankwise import models
 from rankwise.cli import main
 from rankwise.errors import OptionError
 from rankwise.models.reference import Reference, parse
+from rankwise.training import records
 
 
 def stored(model: nn.Module) -> int:
@@ -237,3 +238,21 @@ def test_a_network_of_another_task_is_planned_but_not_trained(transformers, caps
     assert "bert-base is a network for another task, but mnist-5k is data for classification" in (
         capsys.readouterr().err
     )
+
+
+def test_a_language_model_of_transformers_trains_from_a_recipe(
+    transformers, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fox.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    name = "transformers:gpt2?n_embd=16&n_layer=2&n_head=2&resid_pdrop=0.0&attn_pdrop=0.0"
+    line = ["train", "--model", name, "--data", "text:fox.txt", "--context", "16"]
+    line += ["--method", "factorized", "--method.ranks", "4", "--method.keep-first", "0"]
+    line += ["--epochs", "1", "--lr-warmup-epochs", "0", "--batch-size", "16"]
+    assert main(line) == 0
+    assert "transformer.h.0.attn.c_attn" in capsys.readouterr().out
+    folder = next((tmp_path / "runs").iterdir())
+    assert len(folder.name) < 120
+    recipe = records.recipe_of(folder)
+    assert recipe is not None
+    assert recipe.model == name

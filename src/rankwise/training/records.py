@@ -144,8 +144,8 @@ def place(recipe: Recipe, *, again: bool = False) -> Path:
                 "choose another --out"
             )
         return Path(recipe.out)
-    # Names of other libraries' networks hold characters that no folder should.
-    model = re.sub(r"[^\w.-]+", "-", recipe.model)
+    # Names of other libraries' networks hold characters that no folder should, and overrides.
+    model = re.sub(r"[^\w.-]+", "-", recipe.model)[:80]
     stem = f"{model}-{recipe.method}-{recipe.seed}"
     numbered = (Path("runs") / (f"{stem}-{n}" if n > 1 else stem) for n in range(1, 1_000_000))
     return next(directory for directory in numbered if free(directory))
