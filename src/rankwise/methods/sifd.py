@@ -30,6 +30,8 @@ class SIFD(Method):
     The paper's rank of a convolution is its scale times O k, ours a ratio of the full rank
     k min(I, O) (separable) or min(I k^2, O); at a given share of parameters both are scaled until
     the model has it. Its recipe: SGD 0.1, momentum 0.9, weight decay 1e-4, 200 epochs.
+    Spectral factors start with less variance than the dense weight: right where a normalisation
+    follows, slow where none does (docs/studies/loralinear.md); there take init="variance".
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"low-rank weights", "decay of the factors"})
