@@ -349,6 +349,26 @@ def test_factor_decay_beside_factors_from_the_start(order):
     assert_same(run.bare, plain.bare)
 
 
+@pytest.mark.parametrize(
+    "methods",
+    [
+        lambda: SIFD(ranks=4, layers=LOW),
+        lambda: [rankwise.Factorized(ranks=4, layers=LOW), FactorDecay()],
+        lambda: [FactorDecay(), rankwise.Factorized(ranks=4, layers=LOW)],
+    ],
+)
+def test_an_optimizer_that_a_factory_makes_decays_alike(methods):
+    given = start(methods(), adamw, 0.3)
+    made = rankwise.start(net(), methods(), lambda m: adamw(m.named_parameters(), weight_decay=0.3))
+    groups = {p: g for g in made.optimizer.param_groups for p in g["params"]}
+    assert {groups[p]["weight_decay"] for p in factors_of(made.bare)} == {0.0}
+    names = [n for g in made.optimizer.param_groups for n in g["param_names"]]
+    assert sorted(names) == sorted(n for n, _ in made.bare.named_parameters())
+    for each in (given, made):
+        train(each)
+    assert_same(given.bare, made.bare)
+
+
 def test_layers_that_the_user_made_low_rank_decay_too():
     model = net()
     rankwise.factorize(model, 4, layers="low.last")

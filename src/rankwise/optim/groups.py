@@ -112,6 +112,7 @@ def settle(optimizer: Optimizer, change: Change) -> None:
             target = twin_of(optimizer.param_groups, group, new.role)
             at = next(i for i, p in enumerate(group["params"]) if p is parameter)
             target["params"].append(group["params"].pop(at))
+            home[parameter] = target  # another method may name it once more
             if "param_names" in group:
                 target["param_names"].append(group["param_names"].pop(at))
 
