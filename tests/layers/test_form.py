@@ -99,6 +99,9 @@ def test_a_split_that_does_not_fit_is_refused() -> None:
     for wrong in ("qkv", 3, ["qkv"]):
         with pytest.raises(OptionError, match="neither True nor"):
             Form(split=wrong)  # pyright: ignore[reportArgumentType]
+    for switch in ("norm", "core", "separable"):
+        with pytest.raises(OptionError, match=f"{switch}=1 must be True or False"):
+            Form(**{switch: 1})  # pyright: ignore[reportArgumentType]
     for parts in (0, -1, 1.5, True, "3"):
         with pytest.raises(OptionError, match=r"for '\*' is no number of parts"):
             Form(split={"*": parts})  # pyright: ignore[reportArgumentType]

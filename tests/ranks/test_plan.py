@@ -132,3 +132,12 @@ def test_a_mapping_with_an_unknown_layer_names_the_closest() -> None:
     model = nn.ModuleDict({"query": nn.Linear(32, 64)})
     with pytest.raises(SelectionError, match="did you mean 'query'"):
         factorize(model, {"quary": 2})
+
+
+def test_a_split_that_matches_no_layer_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 24), nn.Linear(24, 24))
+    with pytest.raises(
+        SelectionError, match=r"split: '0\.qvk' matches no layer; the closest are 0"
+    ):
+        plan(model, 2, layers="*", split={"0.qvk": 3})
+    assert plan(model, 2, layers="0", split={"0": 3}).layers[0].shape.blocks == 3

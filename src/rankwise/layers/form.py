@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rankwise.errors import OptionError
+from rankwise.errors import OptionError, SelectionError, nearest
 
 if TYPE_CHECKING:
     from rankwise.layers.base import LowRankLayer
@@ -36,6 +36,9 @@ class Form:
     split: bool | Mapping[str, int] = False
 
     def __post_init__(self) -> None:
+        for switch in ("norm", "core", "separable"):
+            if not isinstance(getattr(self, switch), bool):
+                raise OptionError(f"{switch}={getattr(self, switch)!r} must be True or False")
         if isinstance(self.split, bool):
             return
         if not isinstance(self.split, Mapping):
@@ -43,6 +46,20 @@ class Form:
         for pattern, parts in self.split.items():
             if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
                 raise OptionError(f"split: {parts!r} for {pattern!r} is no number of parts")
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse a pattern of `split` that matches none of a model's layers.
+
+        Raises:
+            SelectionError: naming the closest.
+        """
+        known = list(names)
+        for pattern in self.split if isinstance(self.split, Mapping) else ():
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
+                close = nearest(pattern, known) or known[:4]
+                raise SelectionError(
+                    f"split: {pattern!r} matches no layer; the closest are {', '.join(close)}"
+                )
 
     def keywords(self, name: str, dense: Any, stand_in: type[LowRankLayer]) -> dict[str, Any]:
         """What `from_dense` and `like` of the class for this layer take beside the rank.

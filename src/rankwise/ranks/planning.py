@@ -86,6 +86,7 @@ def plan(
         trace=trace,
         form=form,
     )
+    form.check_names(candidates)
     found = _Layers(model, candidates, reasons, form, sample, trace)
     decided = rule.assign(
         found.chosen(),
