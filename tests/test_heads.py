@@ -223,6 +223,26 @@ def test_balancing_lowers_what_weight_decay_sees_and_not_what_frobenius_decay_se
     torch.testing.assert_close(by_definition(model, "qk"), product)
 
 
+@pytest.mark.parametrize("shared", ["one layer", "layer of another", "weight of another"])
+def test_projections_with_other_users_are_not_turned(shared):
+    torch.manual_seed(0)
+    names = "q_proj k_proj v_proj o_proj"
+    model: Any = nn.Sequential(Named(names), Named(names)).double()
+    first, second = model
+    if shared == "one layer":
+        first.k_proj = first.q_proj
+    elif shared == "layer of another":
+        second.k_proj = first.k_proj
+    else:
+        second.k_proj.weight = first.k_proj.weight
+    x = inputs(E)
+    before = model(x)
+    values = second.v_proj.weight.detach().clone()
+    balance_heads(model, "qk+ov")
+    torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(second.v_proj.weight, values)
+
+
 def test_a_head_that_starts_at_zero_can_still_learn():
     model = build("bart-like")
     attention: Any = model["block"]  # pyright: ignore

@@ -9,6 +9,7 @@ H: heads, G: groups of them that share keys (G = H without), D: width of a head,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -57,7 +58,9 @@ def balance_heads(model: nn.Module, forms: str) -> Change:
     projections, not of a fresh dense matrix. So the function stays the same (to rounding), also
     that of a pretrained model; biases turn with the projections. A head whose product has not the
     full rank D is left as it is: split evenly, an output projection of zeros would make its
-    values zeros too, and neither would ever learn.
+    values zeros too, and neither would ever learn. So is one whose projections have other users,
+    queries that are the keys or layers shared between attentions: turned for one, they would be
+    wrong for the other.
 
     Returns:
         What was rewritten; no moments are kept, for they belong to the old basis.
@@ -66,9 +69,15 @@ def balance_heads(model: nn.Module, forms: str) -> Change:
         As `head_products`.
     """
     rewritten: dict[nn.Parameter, float] = {}
-    for form, attention, product in _forms(model, forms):
+    found = list(_forms(model, forms))
+    shared = _shared(model, found)
+    for form, attention, product in found:
         u, v = product.factors()
-        if u.is_meta or min(u.shape[-2], v.shape[-1]) < u.shape[-1]:
+        if (
+            shared.intersection(part.parameter for part in product.parts)
+            or u.is_meta
+            or min(u.shape[-2], v.shape[-1]) < u.shape[-1]
+        ):
             continue
         new_u, new_v, turn_u, turn_v = _balanced(u, v)
         for part, value in zip(product.parts, product.to_parts((new_u, new_v)), strict=True):
@@ -82,6 +91,16 @@ def balance_heads(model: nn.Module, forms: str) -> Change:
                 held.copy_((codes @ turn.mT).reshape(held.shape))
                 rewritten[bias.parameter] = 0.0
     return Change(rewritten=rewritten)
+
+
+def _shared(model: nn.Module, found: Sequence[tuple[str, Attention, Product]]) -> set[nn.Parameter]:
+    """Weights that several modules hold, or that are twice a factor of the same form."""
+    holders = Counter(p for module in model.modules() for p in module._parameters.values())
+    uses = Counter(
+        (form, part.parameter, part.rows) for form, _, product in found for part in product.parts
+    )
+    twice = {parameter for (_, parameter, _), count in uses.items() if count > 1}
+    return twice | {p for p, count in holders.items() if p is not None and count > 1}
 
 
 def _balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
