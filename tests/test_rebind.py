@@ -252,6 +252,13 @@ def test_what_the_optimizer_does_not_hold_stays_out_of_it() -> None:
     assert len(optimizer.param_groups[0]["params"]) == 3
 
 
+def test_a_frozen_layer_is_rightly_outside_and_no_loss() -> None:
+    model = network()
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    assert rebind(optimizer, rankwise.factorize(model, 4)).outside == 0
+
+
 def test_unknown_role_is_an_error_that_says_where_it_is_made() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

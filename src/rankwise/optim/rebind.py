@@ -48,7 +48,8 @@ class Rebound:
         carried: new parameters that got the moments of their predecessor.
         fresh: new parameters that start without.
         unknown: names of states that no rule carries over; their parameters start fresh.
-        outside: replaced parameters that the optimizer did not hold; nor does it their successors.
+        outside: replaced parameters that learn and that the optimizer did not hold; nor does it
+            hold their successors.
         reset: entries of moments set to zero in parameters that were rewritten in place.
     """
 
@@ -180,7 +181,7 @@ def _replace(
     optimizer: Optimizer, places: _Places, old: Parameter, new: Successors, between: set[Parameter]
 ) -> Rebound:
     if not places.insert(old, new, keep=False):
-        return Rebound(outside=int(old not in between))
+        return Rebound(outside=int(old.requires_grad and old not in between))
     state = optimizer.state.pop(old, {})
     old.grad = None  # loops that kept a list of parameters must not clip by a gradient of the past
     stepped = [p for p in new.parameters if p in places.group_of and p not in between]
