@@ -14,13 +14,12 @@ from typing import Any
 
 from rankwise.method import Method
 from rankwise.optim.projected import (
-    ROUNDINGS,
     Choices,
     GradientScaling,
-    as_rank,
+    fields,
     projected,
 )
-from rankwise.options import option, validate
+from rankwise.options import validate
 
 
 @projected
@@ -32,18 +31,14 @@ class Apollo(Method):
     s, and the limiter counts norms in units of the learning rate.
     """
 
-    rank: float = option(
-        0.25, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank
-    )
-    every: int = option(200, "steps between refreshes of a basis; 0 keeps the first", at_least=0)
-    scale: float = option(1.0, "the update is multiplied by its square root", above=0)
-    growth: float = option(
-        1.01, "by which the update's norm may grow a step; 0: no limit", at_least=0
-    )
-    stagger: bool = option(True, "refresh matrices in turn instead of all in one step")
-    rounding: str = option("nearest", "of half-precision weights", choices=ROUNDINGS)
-    layers: Any = option("auto", "which weights: auto, or globs over names, comma between")
-    exclude: Any = option((), "globs over names that are trained unprojected")
+    rank: float = fields.rank(0.25)
+    every: int = fields.every()
+    scale: float = fields.scale(1.0, "the update is multiplied by its square root")
+    growth: float = fields.growth(1.01)
+    stagger: bool = fields.stagger()
+    rounding: str = fields.rounding()
+    layers: Any = fields.layers()
+    exclude: Any = fields.exclude()
 
     def __post_init__(self) -> None:
         validate(self)

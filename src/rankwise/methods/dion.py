@@ -14,10 +14,9 @@ from typing import Any
 
 from rankwise.method import Method
 from rankwise.optim.projected import (
-    ROUNDINGS,
     Choices,
     OrthonormalUpdate,
-    as_rank,
+    fields,
     projected,
 )
 from rankwise.options import option, validate
@@ -32,14 +31,12 @@ class Dion(Method):
     the published rule; any other optimizer steps Z as if it were the gradient.
     """
 
-    rank: float = option(
-        0.25, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank
-    )
+    rank: float = fields.rank(0.25)
     mu: float = option(0.95, "decay of the momentum in the subspace", at_least=0, at_most=1)
-    scale: float = option(1.0, "factor on the update", above=0)
-    rounding: str = option("nearest", "of half-precision weights", choices=ROUNDINGS)
-    layers: Any = option("auto", "which weights: auto, or globs over names, comma between")
-    exclude: Any = option((), "globs over names that are trained unprojected")
+    scale: float = fields.scale(1.0)
+    rounding: str = fields.rounding()
+    layers: Any = fields.layers()
+    exclude: Any = fields.exclude()
 
     def __post_init__(self) -> None:
         validate(self)

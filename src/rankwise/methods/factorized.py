@@ -14,7 +14,7 @@ from torch import nn
 from rankwise.layers import INITS
 from rankwise.method import Change, Method
 from rankwise.options import option, validate
-from rankwise.ranks import RULE_HELP, Plan, Rule, as_rule, factorize, plan
+from rankwise.ranks import Plan, Rule, as_rule, factorize, fields, plan
 
 
 @dataclass
@@ -31,11 +31,11 @@ class Factorized(Method):
         "low-rank weights": "both decide which layers are low-rank and at which rank"
     }
 
-    ranks: Rule | float | str = option(0.25, RULE_HELP, parse=as_rule)
-    layers: Any = option("auto", "which layers: auto, or globs over names, comma between")
-    exclude: Any = option((), "globs over names that stay dense")
-    keep_first: int = option(1, "layers=auto: first layers that stay dense (K)", at_least=0)
-    keep_last: int = option(1, "layers=auto: last layers that stay dense", at_least=0)
+    ranks: Rule | float | str = fields.ranks()
+    layers: Any = fields.layers()
+    exclude: Any = fields.exclude()
+    keep_first: int = fields.keep_first()
+    keep_last: int = fields.keep_last()
     init: str = option("spectral", "initialisation of the factors", choices=INITS)
 
     def __post_init__(self) -> None:

@@ -14,12 +14,9 @@ from typing import Any
 
 from rankwise.method import Method
 from rankwise.optim.projected import (
-    BASES,
-    MOMENTS,
-    ROUNDINGS,
     ChannelResidual,
     Choices,
-    as_rank,
+    fields,
     projected,
 )
 from rankwise.options import option, validate
@@ -35,18 +32,16 @@ class Fira(Method):
     learning rate, so that it does not slow a warm-up, and forgets steps without gradient.
     """
 
-    rank: float = option(
-        128, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank
-    )
-    every: int = option(200, "steps between refreshes of a basis; 0 keeps the first", at_least=0)
-    scale: float = option(0.25, "factor on the update", above=0)
+    rank: float = fields.rank(128)
+    every: int = fields.every()
+    scale: float = fields.scale(0.25)
     growth: float = option(1.01, "by which the residual's norm may grow a step", above=1)
-    basis: str = option("power", "how a basis is found", choices=BASES)
-    moments: str = option("keep", "what a refresh does to moments", choices=MOMENTS)
-    stagger: bool = option(True, "refresh matrices in turn instead of all in one step")
-    rounding: str = option("nearest", "of half-precision weights", choices=ROUNDINGS)
-    layers: Any = option("auto", "which weights: auto, or globs over names, comma between")
-    exclude: Any = option((), "globs over names that are trained unprojected")
+    basis: str = fields.basis()
+    moments: str = fields.moments()
+    stagger: bool = fields.stagger()
+    rounding: str = fields.rounding()
+    layers: Any = fields.layers()
+    exclude: Any = fields.exclude()
 
     def __post_init__(self) -> None:
         validate(self)

@@ -13,12 +13,9 @@ from typing import Any
 
 from rankwise.method import Method
 from rankwise.optim.projected import (
-    BASES,
-    MOMENTS,
-    ROUNDINGS,
     Choices,
     SignResidual,
-    as_rank,
+    fields,
     projected,
 )
 from rankwise.options import option, validate
@@ -32,18 +29,16 @@ class Frugal(Method):
     Needs the dense gradient until the step. A new subspace starts with moments of zero.
     """
 
-    rank: float = option(
-        0.25, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank
-    )
-    every: int = option(200, "steps between refreshes of a basis; 0 keeps the first", at_least=0)
+    rank: float = fields.rank(0.25)
+    every: int = fields.every()
     sign_rate: float = option(1.0, "rate of the sign step, times the learning rate", at_least=0)
-    scale: float = option(1.0, "factor on the update in the subspace", above=0)
-    basis: str = option("random", "how a basis is found", choices=BASES)
-    moments: str = option("reset", "what a refresh does to moments", choices=MOMENTS)
-    stagger: bool = option(True, "refresh matrices in turn instead of all in one step")
-    rounding: str = option("nearest", "of half-precision weights", choices=ROUNDINGS)
-    layers: Any = option("auto", "which weights: auto, or globs over names, comma between")
-    exclude: Any = option((), "globs over names that are trained unprojected")
+    scale: float = fields.scale(1.0, "factor on the update in the subspace")
+    basis: str = fields.basis("random")
+    moments: str = fields.moments("reset")
+    stagger: bool = fields.stagger()
+    rounding: str = fields.rounding()
+    layers: Any = fields.layers()
+    exclude: Any = fields.exclude()
 
     def __post_init__(self) -> None:
         validate(self)

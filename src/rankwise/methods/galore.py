@@ -13,15 +13,11 @@ from typing import Any
 
 from rankwise.method import Method
 from rankwise.optim.projected import (
-    BASES,
-    MOMENTS,
-    ROUNDINGS,
-    SIDES,
     Choices,
-    as_rank,
+    fields,
     projected,
 )
-from rankwise.options import option, validate
+from rankwise.options import validate
 
 
 @projected
@@ -33,18 +29,16 @@ class GaLore(Method):
     warm subspace iteration (`basis="svd"` is the paper's), and matrices are refreshed in turn.
     """
 
-    rank: float = option(
-        128, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank
-    )
-    every: int = option(200, "steps between refreshes of a basis; 0 keeps the first", at_least=0)
-    scale: float = option(0.25, "factor on the update (the paper's alpha)", above=0)
-    side: str = option("short", "which side is projected", choices=SIDES)
-    basis: str = option("power", "how a basis is found", choices=BASES)
-    moments: str = option("keep", "what a refresh does to moments", choices=MOMENTS)
-    stagger: bool = option(True, "refresh matrices in turn instead of all in one step")
-    rounding: str = option("nearest", "of half-precision weights", choices=ROUNDINGS)
-    layers: Any = option("auto", "which weights: auto, or globs over names, comma between")
-    exclude: Any = option((), "globs over names that are trained unprojected")
+    rank: float = fields.rank(128)
+    every: int = fields.every()
+    scale: float = fields.scale(0.25, "factor on the update (the paper's alpha)")
+    side: str = fields.side()
+    basis: str = fields.basis()
+    moments: str = fields.moments()
+    stagger: bool = fields.stagger()
+    rounding: str = fields.rounding()
+    layers: Any = fields.layers()
+    exclude: Any = fields.exclude()
 
     def __post_init__(self) -> None:
         validate(self)

@@ -14,10 +14,9 @@ from typing import Any
 
 from rankwise.method import Method
 from rankwise.optim.projected import (
-    ROUNDINGS,
     Choices,
     ErrorFeedback,
-    as_rank,
+    fields,
     projected,
 )
 from rankwise.options import option, validate
@@ -28,14 +27,12 @@ from rankwise.options import option, validate
 class LDAdam(Method):
     """A new basis every step, with error feedback; errors take the memory of a dense gradient."""
 
-    rank: float = option(
-        128, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank
-    )
+    rank: float = fields.rank(128)
     rho: float = option(0.908, "weight of the momentum in the basis", at_least=0, at_most=1)
-    scale: float = option(1.0, "factor on the update", above=0)
-    rounding: str = option("nearest", "of half-precision weights", choices=ROUNDINGS)
-    layers: Any = option("auto", "which weights: auto, or globs over names, comma between")
-    exclude: Any = option((), "globs over names that are trained unprojected")
+    scale: float = fields.scale(1.0)
+    rounding: str = fields.rounding()
+    layers: Any = fields.layers()
+    exclude: Any = fields.exclude()
 
     def __post_init__(self) -> None:
         validate(self)

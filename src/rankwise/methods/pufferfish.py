@@ -15,7 +15,7 @@ from torch import nn
 from rankwise.errors import OptionError
 from rankwise.method import NO_CHANGE, Change, Method
 from rankwise.options import option, validate
-from rankwise.ranks import RULE_HELP, Later, Plan, Rule, as_rule, factorize, plan, present
+from rankwise.ranks import Later, Plan, Rule, as_rule, factorize, fields, plan, present
 
 
 @dataclass
@@ -31,13 +31,13 @@ class Pufferfish(Method):
         "low-rank weights": "both decide which layers are low-rank and at which rank"
     }
 
-    ranks: Rule | float | str = option(0.25, RULE_HELP, parse=as_rule)
+    ranks: Rule | float | str = fields.ranks()
     warmup_epochs: float | None = option(None, "dense epochs before the switch (E)", above=0)
     warmup_steps: int | None = option(None, "the same in optimizer steps", at_least=1)
-    layers: Any = option("auto", "which layers: auto, or globs over names, comma between")
-    exclude: Any = option((), "globs over names that stay dense")
-    keep_first: int = option(1, "layers=auto: first layers that stay dense (K)", at_least=0)
-    keep_last: int = option(1, "layers=auto: last layers that stay dense", at_least=0)
+    layers: Any = fields.layers()
+    exclude: Any = fields.exclude()
+    keep_first: int = fields.keep_first()
+    keep_last: int = fields.keep_last()
     norm: bool = option(False, "extra BatchNorm between the factors; changes the function")
     lr_factor: float = option(1.0, "learning rate after the switch, times this", above=0)
 

@@ -14,10 +14,8 @@ from typing import Any
 
 from rankwise.method import Method
 from rankwise.optim.projected import (
-    BASES,
-    ROUNDINGS,
     Choices,
-    as_rank,
+    fields,
     projected,
 )
 from rankwise.options import option, validate
@@ -32,18 +30,16 @@ class QGaLore(Method):
     with rounding="stochastic" are the nearest to it.
     """
 
-    rank: float = option(
-        128, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank
-    )
-    every: int = option(200, "steps between refreshes of a basis; 0 keeps the first", at_least=0)
-    scale: float = option(0.25, "factor on the update", above=0)
+    rank: float = fields.rank(128)
+    every: int = fields.every()
+    scale: float = fields.scale(0.25)
     similarity: float = option(0.4, "mean cosine that doubles the period", above=0, at_most=1)
     bits: int | None = option(4, "of the stored basis: 4 or 8; none for 32", at_least=4, at_most=8)
-    basis: str = option("power", "how a basis is found", choices=BASES)
-    stagger: bool = option(True, "refresh matrices in turn instead of all in one step")
-    rounding: str = option("nearest", "of half-precision weights", choices=ROUNDINGS)
-    layers: Any = option("auto", "which weights: auto, or globs over names, comma between")
-    exclude: Any = option((), "globs over names that are trained unprojected")
+    basis: str = fields.basis()
+    stagger: bool = fields.stagger()
+    rounding: str = fields.rounding()
+    layers: Any = fields.layers()
+    exclude: Any = fields.exclude()
 
     def __post_init__(self) -> None:
         validate(self)

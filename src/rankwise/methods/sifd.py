@@ -20,7 +20,7 @@ from rankwise.method import Change, Method
 from rankwise.optim.decay import RunDecay
 from rankwise.optim.heads import FORMS, balance_heads, kept_dense
 from rankwise.options import option, validate
-from rankwise.ranks import Budget, Plan, Rule, as_rule, factorize, plan
+from rankwise.ranks import Budget, Plan, Rule, as_rule, factorize, fields, plan
 
 
 @dataclass
@@ -48,10 +48,10 @@ class SIFD(Method):
     target_ratio: float | None = option(
         None, "instead of ranks: the model's parameters over dense", above=0, at_most=1
     )
-    layers: Any = option("auto", "which layers: auto, or globs over names, comma between")
-    exclude: Any = option((), "globs over names that stay dense")
-    keep_first: int = option(1, "layers=auto: first layers that stay dense (K)", at_least=0)
-    keep_last: int = option(1, "layers=auto: last layers that stay dense", at_least=0)
+    layers: Any = fields.layers()
+    exclude: Any = fields.exclude()
+    keep_first: int = fields.keep_first()
+    keep_last: int = fields.keep_last()
     core: bool = option(False, "three factors U C V")
     separable: bool = option(False, "convolutions as 1 x k and k x 1, the paper's form")
     init: str = option("spectral", "initialisation of the factors", choices=INITS)

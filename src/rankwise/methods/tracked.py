@@ -15,10 +15,9 @@ from typing import Any
 from rankwise.method import Method
 from rankwise.optim.projected import (
     LIFT,
-    ROUNDINGS,
     ChannelResidual,
     Choices,
-    as_rank,
+    fields,
     projected,
 )
 from rankwise.options import option, validate
@@ -29,15 +28,13 @@ from rankwise.options import option, validate
 class Tracked(Method):
     """GaLore with a basis that follows the momentum; needs an optimizer with a first moment."""
 
-    rank: float = option(
-        128, "directions per matrix; below 1 a fraction of its short side", above=0, parse=as_rank
-    )
+    rank: float = fields.rank(128)
     rho: float = option(0.9, "weight of the past in the basis", at_least=0, at_most=1)
-    scale: float = option(0.25, "factor on the update", above=0)
+    scale: float = fields.scale(0.25)
     residual: bool = option(False, "Fira's residual too; keeps the dense gradient until the step")
-    rounding: str = option("nearest", "of half-precision weights", choices=ROUNDINGS)
-    layers: Any = option("auto", "which weights: auto, or globs over names, comma between")
-    exclude: Any = option((), "globs over names that are trained unprojected")
+    rounding: str = fields.rounding()
+    layers: Any = fields.layers()
+    exclude: Any = fields.exclude()
 
     def __post_init__(self) -> None:
         validate(self)

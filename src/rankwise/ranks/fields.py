@@ -1,0 +1,33 @@
+"""The options that methods of low-rank weights share: meaning and range, written once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rankwise.options import option
+from rankwise.ranks.registry import RULE_HELP, as_rule
+
+
+def ranks(default: float = 0.25) -> Any:
+    """The rank rule."""
+    return option(default, RULE_HELP, parse=as_rule)
+
+
+def layers() -> Any:
+    """Which layers become low-rank."""
+    return option("auto", "which layers: auto, or globs over names, comma between")
+
+
+def exclude() -> Any:
+    """Which do not."""
+    return option((), "globs over names that stay dense")
+
+
+def keep_first() -> Any:
+    """The papers' K."""
+    return option(1, "layers=auto: first layers that stay dense (K)", at_least=0)
+
+
+def keep_last() -> Any:
+    """The classifier, as a rule."""
+    return option(1, "layers=auto: last layers that stay dense", at_least=0)
