@@ -20,6 +20,7 @@ the dense row. Rows go to benchmarks/results/; a second call does only what is m
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,12 @@ def report(rows: list[dict[str, Any]]) -> None:
         )
     head = ["arm", "parameters", "validation", "test", "validation loss", "CPU s a run"]
     print(curves.table(head, lines))
+    print("\nSI&FD minus another arm, same seeds, points of test accuracy: mean, standard error\n")
+    both = {r["seed"]: r["test"] for r in _of(rows, "SI&FD")}
+    for arm in ("plain", "SI", "FD"):
+        gaps = [100 * (both[r["seed"]] - r["test"]) for r in _of(rows, arm)]
+        error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+        print(f"- {arm}: {statistics.mean(gaps):+.1f}, {error:.1f}")
 
 
 def _of(rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
