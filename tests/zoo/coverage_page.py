@@ -21,6 +21,7 @@ from architectures import ZOO, Architecture
 import conftest
 from rankwise import accounting, candidates, models, ranks
 from rankwise.errors import SelectionError
+from rankwise.training import environment
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "coverage.md"
 RULE = ranks.Ratio(0.25)
@@ -64,10 +65,10 @@ _SIZES_HEAD = """
 ## Published sizes, on the meta device
 
 `rankwise plan --model NAME --ranks 0.25`: stored numbers and forward FLOPs of one input, dense and
-planned, and the seconds from the name to the plan, the import of the packages left out: median and
-range of {repeats}, one thread of a shared AMD EPYC, torch {torch}, transformers {transformers}.
+planned, and the CPU seconds from the name to the plan, without the import of the packages: median
+and range of {repeats}, one thread ({processor}), torch {torch}, transformers {transformers}.
 
-| name | input | low-rank | parameters | at 1/4 | FLOPs | at 1/4 | break-even ranks | seconds |
+| name | input | low-rank | parameters | at 1/4 | FLOPs | at 1/4 | break-even ranks | CPU seconds |
 |---|---|---:|---:|---:|---:|---:|---|---|
 """
 
@@ -139,9 +140,9 @@ def size_row(name: str) -> str:
     """One line of the table of sizes, with the time it took."""
     seconds, plan = [], None
     for _ in range(REPEATS):
-        began = time.perf_counter()
+        began = time.process_time()
         plan = found(name).plan
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     assert plan is not None
     assert plan.flops is not None
     (dense, planned), (before, after) = plan.parameters, plan.flops
@@ -173,7 +174,10 @@ def main() -> None:
     rows = [row(architecture) for architecture in ZOO if architecture.full]
     sizes = [size_row(name) for name in SIZES]
     head = _SIZES_HEAD.format(
-        repeats=REPEATS, torch=torch.__version__, transformers=transformers.__version__
+        repeats=REPEATS,
+        processor=environment.hardware(torch.device("cpu"), 1)["processor"],
+        torch=torch.__version__,
+        transformers=transformers.__version__,
     )
     parts = [_HEAD.format(count=len(rows)), "\n".join(rows), "\n", head, "\n".join(sizes), "\n"]
     PAGE.write_text("".join(parts), encoding="utf-8")
