@@ -5,9 +5,10 @@
 
 Each side trains the whole network for 5 steps of two micro-batches of 32 tokens with clipping at
 norm 1, in a process of its own. All storages that torch makes are counted while they live. `kept`
-is what is alive when the gradients are accumulated, from the second step on: weights, gradients
-and states (moments, bases), apart; `peak` is the most within a step, activations and
-passing tensors included. Rank is a quarter of the width. The published per-layer form steps in
+is what is alive when the gradients are accumulated: weights, gradients and states (moments, bases),
+apart, on the least of the later steps (a matrix that is due for a new basis holds its dense
+gradient); `peak` is the most within a later step, refreshes, activations and passing tensors
+included. Rank is a quarter of the width. The published per-layer form steps in
 backward, so it can neither accumulate nor clip: each of its micro-batches is a step. Beside `kept`
 stands what `rankwise.accounting.memory` predicts without training. A call with --json FILE goes on
 with the sides that the file does not have; --predict shows the formula alone.
@@ -224,8 +225,10 @@ class Training:
         """Clip, step, clear."""
         if not self.side.per_layer:
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            for optimizer in self.optimizers:
-                optimizer.step()
+            # torchao compiles its step, which nothing could be counted in.
+            with torch.compiler.set_stance("force_eager"):
+                for optimizer in self.optimizers:
+                    optimizer.step()
         self._tag_states()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -326,16 +329,18 @@ def measure(name: str, side_name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     live, side = Live(), SIDES[side_name]
     peaks: list[dict[str, int]] = []
-    kept: dict[str, int] = {}
+    accumulated: list[dict[str, int]] = []
     with counted(live):
         training = Training(name, side, live)
         for number in range(STEPS):
             live.peak = dict(live.now)
             training.backward(number)
-            kept = dict(live.now)
+            accumulated.append(dict(live.now))
             training.step()
             peaks.append(live.peak)
         after = dict(live.now)
+    kept = min(accumulated[1:], key=lambda now: sum(now.values()))
+    highest = max(peaks[1:], key=lambda now: sum(now.values()))
     formula = predicted(training.model, side)
     whole = sum(formula[kind] for kind in KINDS[:3])
     return {
@@ -346,8 +351,8 @@ def measure(name: str, side_name: str) -> dict[str, Any]:
         "kept_total": sum(kept[kind] for kind in KINDS[:3]) / MIB,
         "after_step": _mib(after),
         "first_peak": sum(peaks[0].values()) / MIB,
-        "peak": sum(peaks[-1].values()) / MIB,
-        "at_peak": _mib(peaks[-1]),
+        "peak": sum(highest.values()) / MIB,
+        "at_peak": _mib(highest),
         "predicted": _mib(formula),
         "predicted_total": whole / MIB,
     }
