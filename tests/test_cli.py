@@ -87,6 +87,17 @@ def test_help_shows_defaults_units_and_choices(capsys):
         ("train --epoch 3", "unknown flag --epoch; did you mean --epochs?"),
         ("train --epoch=3", "unknown flag --epoch; did you mean --epochs?"),
         ("compare --method dense", "unknown flag --method; did you mean --methods?"),
+        (
+            "train --method pufferfish+factor-deca",
+            "unknown method 'factor-deca'; did you mean 'fac",
+        ),
+        (
+            "train --method pufferfish+factor-decay --method.strenght 1",
+            "Pufferfish + FactorDecay: unknown option 'strenght'; did you mean 'strength'?",
+        ),
+        ("compare --methods dense,pufferfish+galore", "GaLore and Pufferfish do not go together"),
+        ("train --method factor-decay", "needs low-rank weights"),
+        ("plan --model llama-350m --ranks stable --classes 900000", "of fresh random weights"),
         ("train --zzz", "unknown flag --zzz; `rankwise train --help` lists them"),
         ("train a.toml b.toml", "'b.toml' is one argument too many"),
         ("train --lr", "argument --lr: expected one argument"),
@@ -175,6 +186,19 @@ def test_compare_trains_every_method_once_and_closes_with_a_table(capsys, small_
     )
 
 
+def test_methods_that_work_together_train_as_one(capsys, small_images):
+    together = ["--method", "pufferfish+factor-decay", "--method.warmup-epochs", "1"]
+    assert main(["train", *TINY, *together, "--method.strength", "0.01", "--out", "both"]) == 0
+    first, *_ = records.read(Path("both"))
+    assert "Pufferfish(" in first["method"]
+    assert "FactorDecay(" in first["method"]
+    assert "strength=0.01" in first["method"]
+    methods = "dense,pufferfish+factor-decay"
+    options = ["--method.warmup-epochs", "1", "--method.strength", "0.01", "--out", "compared"]
+    assert main(["compare", *TINY, *options, "--methods", methods]) == 0
+    assert "pufferfish+factor-decay" in capsys.readouterr().out
+
+
 def test_compare_goes_on_with_a_run_that_was_stopped(capsys, small_images):
     from rankwise.training import Interrupted, Recipe, train
     from test_training import StopAt
@@ -197,6 +221,15 @@ def test_every_rank_rule_can_be_written(capsys, tmp_path, rule):
     saved = Plan.load(file)
     assert saved.ranks
     assert saved.summary() in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_form_can_be_planned(capsys):
+    assert (
+        main(["plan", "--model", "resnet-small", "--separable", "--core", "--save", "p.json"]) == 0
+    )
+    form = Plan.load("p.json").form
+    assert form.separable
+    assert form.core
 
 
 def test_a_plan_that_cannot_be_written_is_said_in_one_line(tmp_path, capsys):

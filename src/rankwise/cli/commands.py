@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rankwise import accounting, checkpoint, data, distributed, models, ranks
+from rankwise import accounting, checkpoint, composition, data, distributed, models, ranks
 from rankwise.cli import tables
 from rankwise.cli.console import Live, Plain, console
 from rankwise.errors import OptionError, unknown
@@ -50,9 +50,6 @@ def compare_command(asked: argparse.Namespace) -> int:
     """`rankwise compare`: every method with every seed, then the closing table."""
     recipe = _recipe(asked, None)
     methods = [name.strip() for name in asked.methods.split(",") if name.strip()]
-    for name in methods:
-        if name not in METHODS:
-            raise OptionError(unknown("method", name, METHODS))
     seeds = _seeds(asked.seeds, recipe)
     wanted = [_variant(recipe, name, seed, methods) for name in methods for seed in seeds]
     try:
@@ -93,6 +90,8 @@ def plan_command(asked: argparse.Namespace) -> int:
         exclude=method.exclude,
         keep_first=method.keep_first,
         keep_last=method.keep_last,
+        core=method.core,
+        separable=method.separable,
     )
     plan = dataclasses.replace(plan, notes=(*plan.notes, *notes))
     console.print(tables.plan(plan))
@@ -190,7 +189,15 @@ def _network(
         with torch.device(device):
             return models.build(name, classes=classes, input_shape=shape)
 
-    model, sample = make("cpu" if real else "meta"), models.sample(name, input_shape=shape)
+    model, sample = make("meta"), models.sample(name, input_shape=shape)
+    size = accounting.parameters(model).bytes
+    if real and size > _MOST_BYTES:
+        raise OptionError(
+            f"{name} would have {size / 2**30:.0f} GiB of fresh random weights, of whose ranks "
+            "nothing follows; take a rule that reads no weights (0.25, budget=0.3), or call "
+            "rankwise.plan(model, rule) on the trained model"
+        )
+    model = make("cpu") if real else model
     given = sample if isinstance(sample, Mapping) else {"input": sample}
     shapes = [f"{key} {tuple(v.shape)}" for key, v in given.items() if hasattr(v, "shape")]
     notes = [f"counted for one input: {', '.join(shapes)}"]
@@ -200,14 +207,14 @@ def _network(
         accounting.trace(model, sample)
     except Exception as error:
         # The path of its forward depends on values, which such tensors do not have.
-        if accounting.parameters(model).bytes <= _MOST_BYTES:
+        if size <= _MOST_BYTES:
             return make("cpu"), sample, notes
         why = " ".join(str(error).split())[:200]
         return model, None, [f"no order of execution and no FLOPs: its forward failed ({why})"]
     return model, sample, notes
 
 
-_MOST_BYTES = 2**31  # of a network that is built with storage only to see its forward
+_MOST_BYTES = 2**31  # of a network that is built with storage for a plan alone
 
 
 def _reporter() -> Plain:
@@ -230,7 +237,9 @@ def _seeds(text: str | None, recipe: Recipe) -> list[int]:
 
 def _variant(recipe: Recipe, method: str, seed: int, methods: list[str]) -> Recipe:
     """The same recipe with another method and seed; each method takes the options that it has."""
-    known = {name: _names(METHODS[name]) for name in methods}
+    known = {
+        name: set().union(*(_names(cls) for cls in setup.method_classes(name))) for name in methods
+    }
     for option_name in recipe.method_options:
         if not any(option_name in names for names in known.values()):
             every = set().union(*known.values())
@@ -238,7 +247,8 @@ def _variant(recipe: Recipe, method: str, seed: int, methods: list[str]) -> Reci
     own = {k: v for k, v in recipe.method_options.items() if k in known[method]}
     out = None if recipe.out is None else str(Path(recipe.out) / f"{method}-{seed}")
     variant = dataclasses.replace(recipe, method=method, method_options=own, seed=seed, out=out)
-    build(METHODS[method], own)  # a wrong value fails before the first run, not between two
+    # A wrong value, or methods that do not go together, fail before the first run.
+    composition.check_methods(setup.build_methods(method, own))
     return variant
 
 

@@ -165,6 +165,11 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
         ("--keep-last", "K", "layers=auto: last layers that stay dense"),
     ):
         group.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=described)
+    for flag, described in (
+        ("--core", "three factors U C V"),
+        ("--separable", "2-D convolutions as 1 x k, then k x 1"),
+    ):
+        group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=described)
 
 
 def _shown(default: Any) -> str:

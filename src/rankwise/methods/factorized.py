@@ -36,6 +36,8 @@ class Factorized(Method):
     exclude: Any = fields.exclude()
     keep_first: int = fields.keep_first()
     keep_last: int = fields.keep_last()
+    core: bool = fields.core()
+    separable: bool = fields.separable()
     init: str = option("spectral", "initialisation of the factors", choices=INITS)
 
     def __post_init__(self) -> None:

@@ -52,8 +52,8 @@ class SIFD(Method):
     exclude: Any = fields.exclude()
     keep_first: int = fields.keep_first()
     keep_last: int = fields.keep_last()
-    core: bool = option(False, "three factors U C V")
-    separable: bool = option(False, "convolutions as 1 x k and k x 1, the paper's form")
+    core: bool = fields.core()
+    separable: bool = fields.separable()
     init: str = option("spectral", "initialisation of the factors", choices=INITS)
     decay: str = option("frobenius", "frobenius, kronecker, l2, none, or a sum: frobenius+0.1*l2")
     strength: float | None = option(
@@ -76,7 +76,7 @@ class SIFD(Method):
         rule = as_rule(0.25 if self.ranks is None else self.ranks)
         if self.target_ratio is not None:
             rule = Budget(self.target_ratio, multiple=1)
-        choice = {**self.choice(), "core": self.core, "separable": self.separable}
+        choice = self.choice()
         choice["exclude"] = kept_dense(model, self.attention, self.layers, self.exclude)
         self.plan = plan(model, rule, **choice)
         change = factorize(model, self.plan, init=self.init, context=self.context)

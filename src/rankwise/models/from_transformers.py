@@ -86,8 +86,19 @@ def _auto(reference: Reference) -> Any:
 
 
 _COUNT_FROM_PADDING = frozenset(
-    ("camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta")
-    + ("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
+    {
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "longformer",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
 )  # their first position is the one after the padding token's id
 
 

@@ -31,3 +31,13 @@ def keep_first() -> Any:
 def keep_last() -> Any:
     """The classifier, as a rule."""
     return option(1, "layers=auto: last layers that stay dense", at_least=0)
+
+
+def core() -> Any:
+    """The three-factor form."""
+    return option(False, "three factors U C V")
+
+
+def separable() -> Any:
+    """The separable form of a convolution."""
+    return option(False, "2-D convolutions as 1 x k, then k x 1 (2105.01029)")

@@ -250,7 +250,7 @@ class _Layers:
         if self.trace is None:
             notes.append("layers in order of definition; with sample=, in order of execution")
         elif self.sample is None:
-            notes.append("FLOPs are those of the layers above alone; with sample=, of the model")
+            notes.append("FLOPs are those of the layers above alone, without attention and the like")
         if isinstance(rule, Budget) and rule.of == "memory":
             notes.append(self._memory(rule, ranks))
         others = selection.unlisted(self.model, self.candidates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Journal:
         recipe: Recipe,
         splits: data.DataSet,
         device: torch.device,
-        method: Method,
+        methods: Sequence[Method],
         saved: checkpoint.Checkpoint | None,
     ) -> None:
         """Open the records with the first line of a run, or of its continuation.
@@ -49,7 +50,7 @@ class Journal:
         """
         facts = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "method": repr(method),
+            "method": " + ".join(map(repr, methods)),
             "versions": environment.versions(),
             "hardware": environment.hardware(device, distributed.workers()),
             "commit": environment.commit(),

@@ -49,7 +49,7 @@ def train(
         Interrupted: SIGINT or SIGTERM; the run is saved.
     """
     began = time.perf_counter()
-    method = setup.build_method(recipe)
+    methods = setup.build_methods(recipe.method, recipe.method_options)
     device = distributed.initialize()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -65,7 +65,7 @@ def train(
         loop = Loop(recipe, splits, device, journal, began)
         loop.run = rankwise.start(
             model,
-            method,
+            methods,
             optimizer,
             steps_per_epoch=steps_per_epoch,
             total_steps=recipe.epochs * steps_per_epoch,
@@ -85,7 +85,7 @@ def train(
             loop.restore(saved)
         elif accounting.parameters(model).stored != dense[0][0]:
             loop.clock.new_phase()  # low-rank from the first step
-        journal.start(recipe, splits, device, method, saved)
+        journal.start(recipe, splits, device, methods, saved)
         if loop.run.plan is not None:
             journal.report.plan(loop.run.plan)
         with listen() as stop:

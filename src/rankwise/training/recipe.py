@@ -47,7 +47,9 @@ class Recipe:
     )
     context: int = option(128, "tokens in a window of text", at_least=1)
     tokens: str = option("bytes", "what a text is read as", choices=("bytes", "characters"))
-    method: str = option("pufferfish", "low-rank method; `rankwise methods` lists them")
+    method: str = option(
+        "pufferfish", "low-rank method, or several: pufferfish+factor-decay; `rankwise methods`"
+    )
     method_options: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={"help": "options of the method", "parse": _method_options},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +21,36 @@ from rankwise.options import build
 from rankwise.training.recipe import Recipe
 
 
-def build_method(recipe: Recipe) -> Method:
-    """The recipe's method with its options.
+def method_classes(name: str) -> list[type[Method]]:
+    """The classes of a method, or of several that work together: "pufferfish+factor-decay".
 
     Raises:
-        OptionError: unknown method or option, with the nearest name.
+        OptionError: an unknown one, with the nearest name.
     """
-    if recipe.method not in METHODS:
-        raise OptionError(unknown("method", recipe.method, METHODS))
-    return build(METHODS[recipe.method], recipe.method_options)
+    parts = [part.strip() for part in name.split("+")]
+    for part in parts:
+        if part not in METHODS:
+            raise OptionError(unknown("method", part, METHODS))
+    return [METHODS[part] for part in parts]
+
+
+def build_methods(name: str, options: Mapping[str, Any]) -> list[Method]:
+    """A recipe's methods; an option goes to every one that has it.
+
+    Raises:
+        OptionError: unknown method or option, with the nearest name, or a value out of range.
+    """
+    classes = method_classes(name)
+    known = {cls: {f.name for f in dataclasses.fields(cast(Any, cls))} for cls in classes}
+    every = set().union(*known.values())
+    for option in options:
+        if option.replace("-", "_") not in every:
+            owners = " + ".join(cls.__name__ for cls in classes)
+            raise OptionError(f"{owners}: {unknown('option', option, every)}")
+    return [
+        build(cls, {k: v for k, v in options.items() if k.replace("-", "_") in known[cls]})
+        for cls in classes
+    ]
 
 
 def load_data(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> data.DataSet:
