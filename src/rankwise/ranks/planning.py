@@ -250,7 +250,9 @@ class _Layers:
         if self.trace is None:
             notes.append("layers in order of definition; with sample=, in order of execution")
         elif self.sample is None:
-            notes.append("FLOPs are those of the layers above alone, without attention and the like")
+            notes.append(
+                "FLOPs are those of the layers above alone, without attention and the like"
+            )
         if isinstance(rule, Budget) and rule.of == "memory":
             notes.append(self._memory(rule, ranks))
         others = selection.unlisted(self.model, self.candidates)
@@ -344,7 +346,8 @@ def factorize(
         ranks = plan(model, rule, sample, **asked, **choice).ranks
     if not ranks:
         surgery.logger.warning(
-            "no layer gains from low rank under this plan; the model stays dense"
+            "no layer gains from low rank under this plan, so the model stays dense; rankwise.plan "
+            "prints why, allow_growth=True on the rule builds it all the same"
         )
         return NO_CHANGE
     source = context or Context()
