@@ -81,10 +81,10 @@ def _of(runs: Chosen, kind: str, rank: int) -> list[dict[str, Any]]:
 
 def plot(runs: Chosen, ranks: list[int], folder: Path) -> None:
     """Curves by rank for every kind, and the start and the end over ranks."""
-    import matplotlib as mpl
+    import matplotlib as mpl  # pyright: ignore[reportMissingImports]
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
 
     figure, grid = plt.subplots(2, 2, figsize=(9, 7), sharex=True, sharey=True)
     colours = plt.get_cmap("viridis")
