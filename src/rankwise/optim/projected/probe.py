@@ -7,6 +7,7 @@ trust ratio, the distance from the start, averages of weights) would see that ze
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
 
 # Parts of class or module names, and what they do with the value.
 _KNOWN = {
@@ -33,7 +36,8 @@ def depends_on_values(optimizer: Optimizer) -> str:
     """Why an optimizer's updates depend on the parameters' values; empty if they do not.
 
     Known ones by name. Others are tried: two fresh instances step parameters of different values
-    with the same gradients, without weight decay; one that cannot be built so is taken to be fit.
+    with the same gradients, without weight decay; one that cannot be built so is taken to be fit,
+    with a warning.
     """
     cls = type(optimizer)
     words = (cls.__name__ + "." + cls.__module__).lower().replace("_", "")
@@ -43,6 +47,12 @@ def depends_on_values(optimizer: Optimizer) -> str:
     if cls.__module__.partition(".")[0] in ("bitsandbytes", "torchao"):
         return ""  # low-bit forms of Adam, Lion and the like: not to be built on toys
     moved = _tried(optimizer)
+    if moved is None:
+        logger.warning(
+            "%s could not be tried on parameters of its own; if its update reads the parameter's "
+            "value, projected gradients train wrongly with it",
+            cls.__name__,
+        )
     if moved is None or torch.allclose(*moved, rtol=1e-4, atol=1e-7):
         return ""
     return "moved two parameters of different values differently by the same gradients"
@@ -65,7 +75,7 @@ def _tried(optimizer: Optimizer) -> tuple[Tensor, Tensor] | None:
             for gradient in gradients:
                 parameter.grad = gradient.clone()
                 toy.step()
-        except Exception:  # whatever a foreign class wants; it says so when it is used
+        except Exception:  # whatever a foreign class wants; the caller warns
             return None
         moved.append(parameter.detach() - start)
     return moved[0], moved[1]
