@@ -246,8 +246,9 @@ def test_the_order_follows_from_seed_and_epoch_alone() -> None:
 def test_numbers_out_of_range_are_refused_before_the_first_batch(
     given: dict[str, int], says: str
 ) -> None:
+    options: dict[str, Any] = {"batch_size": 8, "seed": 0, "epoch": 0, **given}
     with pytest.raises(OptionError, match=says):
-        batches(numbered(24), **{"batch_size": 8, "seed": 0, "epoch": 0, **given})
+        batches(numbered(24), **options)
 
 
 # Folders

@@ -156,7 +156,7 @@ def test_a_missing_package_says_how_to_get_it(works, monkeypatch):
         ({"name": "text:nowhere.txt"}, DataError, "nowhere.txt cannot be read: No such file"),
         ({"name": "text:."}, DataError, "cannot be read: Is a directory"),
         ({"name": "shakspeare"}, OptionError, "unknown text 'shakspeare'; did you mean 'shakesp"),
-        ({"level": "words"}, OptionError, "unknown token level 'words'"),
+        ({"level": "word"}, OptionError, "unknown token level 'word'; did you mean 'words'"),
         ({"context": 0}, OptionError, "context=0; a window reads at least 1 token"),
         ({"context": 20}, DataError, "validation part has 20 bytes, too few for one window of 20"),
         ({"level": "characters", "name": "text:latin.txt"}, DataError, "no UTF-8 text (byte 3)"),

@@ -62,13 +62,18 @@ DATA: dict[str, Source] = {
         description="any text file: 80 % train, then 10 % validation, then 10 % test",
         task="language modelling",
     ),
+    "wikitext-2": Source(
+        description="WikiText-2 in its published parts, from the Hugging Face Hub (or :PATH); "
+        "2.1 million words to train with tokens=words",
+        task="language modelling",
+    ),
 }
 
 
 def is_text(name: str) -> bool:
     """Whether a data set's name is that of a text, for `load_text`, and not of images."""
     kind, separator, _ = name.partition(":")
-    entry = DATA.get(f"{kind}:PATH" if separator else name)
+    entry = DATA.get(f"{kind}:PATH" if separator else name) or DATA.get(kind)
     return entry is not None and entry.task == "language modelling"
 
 

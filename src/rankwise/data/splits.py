@@ -43,8 +43,13 @@ class Examples(Protocol):
         """Inputs and targets of these examples (B,), stacked."""
         ...
 
-    def for_epoch(self, draw: int) -> Self:
-        """The examples of one pass; `draw` is a random number of that pass, at least 0."""
+    def for_epoch(self, draw: int, streams: int = 0) -> Self:
+        """The examples of one pass.
+
+        Args:
+            draw: a random number of that pass, at least 0.
+            streams: so many runs of examples will be read in order, each to its end; 0: shuffled.
+        """
         ...
 
 
@@ -116,7 +121,7 @@ class Split:
         """Images (B, C, H, W) and labels (B,) by number."""
         return self.images[chosen], self.labels[chosen]
 
-    def for_epoch(self, draw: int) -> Split:
+    def for_epoch(self, draw: int, streams: int = 0) -> Split:
         """Every pass reads the same images."""
         return self
 
@@ -164,8 +169,9 @@ def batches(
     worker: int = 0,
     workers: int = 1,
     start: int = 0,
+    streams: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One shuffled pass over a split, in whole batches.
+    """One pass over a split, in whole batches: shuffled, or in parallel streams.
 
     The order depends on seed and epoch alone: the workers of one run cut the same global batches
     into disjoint parts, and a run resumed at `start` reads what it would have read.
@@ -178,6 +184,9 @@ def batches(
         worker: which part of each batch, from 0.
         workers: parts that a batch is cut into; divides `batch_size`.
         start: global batches to skip.
+        streams: cut the split into `batch_size` runs of examples that follow each other, and give
+            every batch the next one of each: place b of a batch reads on where place b of the batch
+            before it ended.
 
     Returns:
         Pairs of inputs and targets, stacked, B = batch_size / workers: images (B, C, H, W) and
@@ -200,10 +209,13 @@ def batches(
         raise OptionError(f"start={start}; an epoch of this split has {steps} batches")
     if seed < 0 or epoch < 0:
         raise OptionError(f"seed={seed}, epoch={epoch}; neither may be negative")
-    generator = torch.Generator().manual_seed(_drawn(seed, epoch))
-    order = torch.randperm(len(split), generator=generator)
     # A number apart from the order's, so that the one says nothing of the other.
-    part = split.for_epoch(_drawn(seed, epoch, 1))
+    part = split.for_epoch(_drawn(seed, epoch, 1), batch_size if streams else 0)
+    if streams:
+        order = torch.arange(batch_size * steps).view(batch_size, steps).T.flatten()
+    else:
+        generator = torch.Generator().manual_seed(_drawn(seed, epoch))
+        order = torch.randperm(len(split), generator=generator)
     return _walk(part, batch_size, order, worker, workers, start)
 
 

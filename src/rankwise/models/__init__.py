@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rankwise.errors import OptionError, unknown
 from rankwise.models.entry import CLASSIFICATION, LANGUAGE, OTHER, Model
 from rankwise.models.mlp import MLP
+from rankwise.models.recurrent import RecurrentLanguageModel, Stateful
 from rankwise.models.reference import LIBRARIES, parse
 from rankwise.models.resnet import ResNet
 from rankwise.models.sizes import SIZES
@@ -34,7 +35,9 @@ __all__ = [
     "OTHER",
     "SIZES",
     "Model",
+    "RecurrentLanguageModel",
     "ResNet",
+    "Stateful",
     "Transformer",
     "build",
     "find",
@@ -64,13 +67,34 @@ def _resnet(
 def _language(
     description: str, *, vocabulary: int = 32_000, tokens: int = 256, **sizes: Any
 ) -> Model:
+    return _reads_text(
+        description,
+        lambda classes, context: Transformer(vocabulary=classes, context=context, **sizes),
+        vocabulary,
+        tokens,
+    )
+
+
+def _recurrent(description: str, *, vocabulary: int = 256, tokens: int, **sizes: Any) -> Model:
+    # The state is handed over from window to window, so that no length is built in.
+    return _reads_text(
+        description,
+        lambda classes, _: RecurrentLanguageModel(vocabulary=classes, **sizes),
+        vocabulary,
+        tokens,
+    )
+
+
+def _reads_text(
+    description: str, build: Callable[[int, int], nn.Module], vocabulary: int, tokens: int
+) -> Model:
     def make(classes: int, shape: tuple[int, ...]) -> nn.Module:
         if len(shape) != 1:
             raise OptionError(
                 f"a language model reads windows of (tokens,), not inputs of shape {shape}; give "
                 "input_shape one number or choose a network for images"
             )
-        return Transformer(vocabulary=classes, context=shape[0], **sizes)
+        return build(classes, shape[0])
 
     return Model(
         description=description,
@@ -124,6 +148,28 @@ MODELS: dict[str, Model] = {
         hidden=512,
         form="gpt2",
         tied=True,
+    ),
+    "lstm-char": _recurrent(
+        "LSTM for characters or bytes: two layers of 256, an epoch of a small text in a minute",
+        **{"tokens": 64, "width": 64, "hidden": 256, "layers": 2},
+    ),
+    "lstm-char-512": _recurrent(
+        "LSTM for characters or bytes: two layers of 512, dropout 0.2",
+        **{"tokens": 64, "width": 128, "hidden": 512, "layers": 2, "dropout": 0.2},
+    ),
+    "gru-char": _recurrent(
+        "GRU for characters or bytes: two layers of 256",
+        **{"tokens": 64, "width": 64, "hidden": 256, "layers": 2, "cell": "gru"},
+    ),
+    "lstm-word": _recurrent(
+        "LSTM for words: two layers of 650, tied head, dropout 0.5 (arXiv 1409.2329, 1608.05859)",
+        **{"vocabulary": 10_000, "tokens": 35, "width": 650, "hidden": 650, "layers": 2},
+        **{"dropout": 0.5, "tied": True},
+    ),
+    "lstm-wikitext2": _recurrent(
+        "LSTM of the Pufferfish study: two layers of 1500, tied head, dropout 0.65 (2103.03936)",
+        **{"vocabulary": 33_278, "tokens": 35, "width": 1500, "hidden": 1500, "layers": 2},
+        **{"dropout": 0.65, "tied": True},
     ),
     # Sizes of the common pre-training protocol (GaLore, arXiv 2403.03507, and its successors).
     "llama-60m": _llama(512, 8, 8, 1376),

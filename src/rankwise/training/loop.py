@@ -22,6 +22,7 @@ import rankwise
 from rankwise import accounting, checkpoint, data, distributed
 from rankwise.errors import FactorizeError, NonFiniteLossError
 from rankwise.training import records, schedule, setup
+from rankwise.training.carried import CarriedState
 from rankwise.training.clock import KEPT, Clock
 from rankwise.training.interrupt import Interrupted, StopRequest, listen
 from rankwise.training.journal import Journal
@@ -64,7 +65,7 @@ def train(
     dense = setup.size(model, sample, splits.train.units)
     optimizer = setup.make_optimizer(recipe, model)
     with Journal(out, report) as journal:
-        loop = Loop(recipe, splits, device, journal, began)
+        loop = Loop(recipe, splits, device, journal, began, CarriedState(model))
         loop.run = rankwise.start(
             model,
             methods,
@@ -107,6 +108,7 @@ class Loop:
         device: torch.device,
         journal: Journal,
         began: float,
+        carried: CarriedState,
     ) -> None:
         self.recipe, self.splits, self.device, self.journal = recipe, splits, device, journal
         self.task = TASKS[splits.task]
@@ -114,6 +116,7 @@ class Loop:
         self.total = recipe.epochs * self.steps_per_epoch
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
         self.clock = Clock(device)
+        self.carried = carried
         self.position = 0  # batches seen; ahead of run.step where the scaler skipped a step
         self.began = began  # moved back by the time that earlier parts of a resumed run took
         self.epoch_loss = 0.0  # sum over the epoch's batches so far
@@ -138,6 +141,7 @@ class Loop:
                 worker=distributed.worker(),
                 workers=distributed.workers(),
                 start=start,
+                streams=self.carried.streams,
             )
             for inputs, targets in batches:
                 self._step(inputs, targets)
@@ -147,6 +151,7 @@ class Loop:
                     self._look()
                     self._stop_if_asked(stop)
             self._look()
+            self.carried.forget()
             self._end_epoch(epoch)
             self._stop_if_asked(stop)
 
@@ -156,7 +161,7 @@ class Loop:
         with self.clock.step():
             self.run.optimizer.zero_grad()
             with self._precision():
-                scores = self.run.model(inputs)
+                scores = self.carried.scores(self.run.model, inputs)
                 loss = loss_of(scores, targets, label_smoothing=self.recipe.label_smoothing)
             self.position += 1
             self._unseen.append(loss.detach())
@@ -299,9 +304,11 @@ class Loop:
         extra = {
             "recipe": self.recipe.as_dict(),
             "checksum": self.splits.checksum,
+            "classes": list(self.splits.classes),
             "position": self.position,
             "epoch_loss": self.epoch_loss,
             "scaler": self.scaler.state_dict(),
+            "carried": self.carried.state_dict(),
             "step_times": self.clock.state(),
             "switches": self.switches,
             "seconds": self._elapsed(),
@@ -315,6 +322,8 @@ class Loop:
         self.scaler.load_state_dict(saved.extra["scaler"])
         self.clock.restore(saved.extra["step_times"])
         self.switches = saved.extra["switches"]
+        # Checkpoints of before there were recurrent networks have none.
+        self.carried.load_state_dict(saved.extra.get("carried", []), self.device)
         self.began -= saved.extra["seconds"]
         # The order of examples follows from the seed; only layers that draw numbers need this.
         if distributed.workers() == len(saved.random):

@@ -46,7 +46,12 @@ class Recipe:
         None, "side in pixels that images are scaled to (none: as they are)", at_least=1
     )
     context: int = option(128, "tokens in a window of text", at_least=1)
-    tokens: str = option("bytes", "what a text is read as", choices=("bytes", "characters"))
+    tokens: str = option(
+        "bytes", "what a text is read as", choices=("bytes", "characters", "words")
+    )
+    min_count: int = option(
+        2, "times that a word occurs in the training part; rarer ones are <unk>", at_least=1
+    )
     method: str = option(
         "pufferfish", "low-rank method, or several: pufferfish+factor-decay; `rankwise methods`"
     )

@@ -61,7 +61,12 @@ def load_data(recipe: Recipe, progress: Callable[[int, int], None] | None = None
         DataError: the data are missing or malformed.
     """
     if data.is_text(recipe.data):
-        return data.load_text(recipe.data, context=recipe.context, level=recipe.tokens)
+        return data.load_text(
+            recipe.data,
+            context=recipe.context,
+            level=recipe.tokens,
+            min_count=recipe.min_count,
+        )
     return data.load(recipe.data, size=recipe.image_size, progress=progress)
 
 
@@ -146,5 +151,12 @@ def load(resume: str | Path, recipe: Recipe, splits: data.DataSet) -> checkpoint
         raise CheckpointError(
             f"{saved.path} was trained on other {splits.train.unit}s: {splits.name} has the "
             f"checksum {splits.checksum}, then it was {saved.extra['checksum']}"
+        )
+    classes = saved.extra.get("classes", list(splits.classes))
+    if classes != list(splits.classes):
+        raise CheckpointError(
+            f"{saved.path} was trained on the same {splits.train.unit}s, but with {len(classes):,} "
+            f"classes or tokens that are not the {len(splits.classes):,} read here; resume it with "
+            "the version that wrote it"
         )
     return saved

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise import data
+from rankwise.training.carried import CarriedState, reading_order
 
 # Predictions of one batch in evaluation; images were always taken by 500.
 EVALUATION_BATCH = 500
@@ -89,6 +90,8 @@ def evaluate(
 ) -> Score:
     """Score of a model in eval mode; its modes are restored.
 
+    A network with a state is handed it from window to window, in a few streams.
+
     Args:
         model: the bare model.
         split: what to read, in order.
@@ -100,11 +103,12 @@ def evaluate(
     count = len(split) if units is None else min(len(split), max(1, units // split.units))
     at_once = max(1, min(EVALUATION_BATCH, SCORES_AT_ONCE // (split.units * classes)))
     loss, right, predictions = 0.0, 0, 0
+    carried = CarriedState(model)
     with _eval_mode(model):
-        for chosen in torch.arange(count).split(at_once):
+        for chosen in reading_order(count, at_once, streams=carried.streams):
             inputs, targets = (move(part) for part in split.take(chosen))
             with precision():
-                scores = model(inputs)
+                scores = carried.scores(model, inputs)
             scores, targets = scores.float().flatten(0, -2), targets.flatten()
             loss += F.cross_entropy(scores, targets, reduction="sum").item()
             right += int((scores.argmax(1) == targets).sum())
