@@ -13,7 +13,6 @@ from torch import nn
 
 import rankwise
 from rankwise import distributed
-from rankwise.errors import CheckpointError
 from rankwise.method import Context
 from rankwise.methods.galore import GaLore
 from rankwise.optim.groups import Options
@@ -182,42 +181,6 @@ def _sharded(every: int, micro: int, sync: bool, clip: float | None, track: floa
         for p, q in zip(full.parameters(), model.parameters(), strict=True):
             p.copy_(q.full_tensor())
     return gap(full, _unsharded(choices, clip))
-
-
-def _started_on_shards(clip: float | None) -> tuple[float, list[str], str]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    rank, mesh, model = distributed.worker(), init_device_mesh("cpu", (2,)), mlp()
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    method = partial(GaLore, rank=4, every=3, side="right")
-    run = rankwise.start(model, method(), adamw(model), clip_norm=clip)
-    for x, y in batches(STEPS):
-        loss_of(model, (x[rank::2], y[rank::2])).backward()
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-    with pytest.raises(CheckpointError, match="sharded") as refused:
-        rankwise.save("nowhere", run)
-    run.finish()
-    held = [type(p).__name__ for group in run.optimizer.param_groups for p in group["params"]]
-    full, alone = mlp(1), mlp()
-    with torch.no_grad():
-        for p, q in zip(full.parameters(), model.parameters(), strict=True):
-            p.copy_(q.full_tensor())
-    other = rankwise.start(alone, method(), adamw(alone), clip_norm=clip)
-    train(other, batches(STEPS))
-    return gap(full, alone), held, str(refused.value)
-
-
-@pytest.mark.parametrize("clip", [None, 0.1])
-def test_a_run_on_weights_sharded_by_rows(together: Workers, clip: float | None) -> None:
-    for difference, held, refused in together(_started_on_shards, clip):
-        assert difference < 2e-5
-        assert set(held) == {"DTensor"}
-        assert "torch.distributed.checkpoint" in refused
 
 
 def _unsharded(choices: Choices, clip: float | None) -> nn.Module:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankwise import __version__, distributed, storage
+from rankwise import __version__, distributed, sharding, storage
 from rankwise.errors import CheckpointError, unknown
 from rankwise.structure import read_plan
 
@@ -132,6 +132,9 @@ def save(
 ) -> Path:
     """Write `directory/step-<step>/`; with several workers all call it and worker 0 writes.
 
+    Sharded weights, moments and memories (FSDP2) are put together on worker 0, one at a time, so
+    that the checkpoint is that of an unsharded run: it can be resumed on other shards, or on none.
+
     Args:
         directory: of this run alone; made if missing.
         run: the run, between two steps.
@@ -144,25 +147,21 @@ def save(
         The step directory, on every worker.
 
     Raises:
-        CheckpointError: on every worker: disk full, not permitted, sharded weights, or a value
-            that could not be loaded without executing code. Earlier checkpoints are whole.
+        CheckpointError: on every worker: disk full, not permitted, an optimizer whose states of
+            shards do not add up, or a value that could not be loaded without executing code.
+            Earlier checkpoints are whole.
     """
     if keep < 1:
         raise CheckpointError(f"keep={keep} would leave no checkpoint; keep at least 1")
-    sharded = [n for n, p in run.bare.named_parameters() if hasattr(p, "device_mesh")]
-    if sharded:
-        raise CheckpointError(
-            f"{sharded[0]} is sharded (FSDP2 / DTensor), and these checkpoints hold whole weights; "
-            "a sharded run cannot be resumed yet: save its model alone, or after run.finish() the "
-            "optimizer as well, with torch.distributed.checkpoint"
-        )
     states = dict(enumerate(distributed.gather(_random_state())))
+    content = _content(run)
     final = Path(directory) / storage.name_of(run.step)
     failure = "it stopped while saving"
     try:
         if distributed.worker() == 0:
-            state = {"run": run.state_dict(), "extra": dict(extra or {}), "random": states}
-            storage.write(final, run.bare.state_dict(), state, _describe(run, state))
+            weights, progress = content or (run.bare.state_dict(), run.state_dict())
+            state = {"run": progress, "extra": dict(extra or {}), "random": states}
+            storage.write(final, weights, state, _describe(run, state))
             storage.prune(final, keep)
         failure = ""
     except CheckpointError as error:
@@ -174,6 +173,13 @@ def save(
     if failure:
         raise CheckpointError(f"worker 0 could not save: {failure}")
     return final
+
+
+def _content(run: Saveable) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Weights and state of a sharded run, whole on worker 0; None if nothing is sharded."""
+    if not any(map(sharding.is_sharded, run.bare.parameters())):
+        return None
+    return sharding.whole(dict(run.bare.state_dict())), sharding.whole(run.state_dict())
 
 
 def _describe(run: Saveable, state: Mapping[str, Any]) -> dict[str, Any]:

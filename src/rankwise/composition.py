@@ -12,11 +12,12 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from rankwise import sharding
 from rankwise.errors import CompositionError, LifeCycleError, OptionError
 from rankwise.isolation import untraced
 from rankwise.method import Change, Method
 from rankwise.optim.groups import held_by
-from rankwise.optim.projected.probe import depends_on_values
+from rankwise.optim.projected.probe import depends_on_values, mixes_rows
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def check_model(model: nn.Module, methods: Sequence[Method]) -> None:
             "the model is already compiled; pass the bare model and rankwise.start(..., "
             "wrap=torch.compile), which compiles it again after every structural change"
         )
-    sharded = [n for n, p in model.named_parameters() if hasattr(p, "device_mesh")]
+    sharded = [n for n, p in model.named_parameters() if sharding.is_sharded(p)]
     for method in methods if sharded else ():
         if method.provides - {"low-rank gradients"}:
             raise LifeCycleError(
@@ -157,8 +158,8 @@ def check_proxies(methods: Sequence[Method], optimizer: Optimizer) -> None:
     """Refuse an optimizer that cannot step proxies, if a method projects gradients.
 
     Raises:
-        LifeCycleError: its updates depend on the values of the parameters, or its moments cannot
-            be turned as the method asks.
+        LifeCycleError: its updates depend on the values of the parameters, its moments cannot be
+            turned as the method asks, or it mixes the rows that sharding keeps apart.
     """
     for method in methods:
         if "low-rank gradients" not in method.provides:
@@ -170,6 +171,13 @@ def check_proxies(methods: Sequence[Method], optimizer: Optimizer) -> None:
                 f"{asked} cannot use {cls.__name__}, which {reason}: it would step proxies that "
                 "are zero before every step; take one whose updates depend on gradients alone, "
                 "such as AdamW, SGD, Lion or Muon"
+            )
+        spread = any(sharding.is_sharded(p) for g in optimizer.param_groups for p in g["params"])
+        if spread and mixes_rows(optimizer):
+            raise LifeCycleError(
+                f"{asked} cannot use {cls.__name__} on sharded weights: its update of a row "
+                "depends on the other rows, which other workers hold; take AdamW, SGD or Lion, or "
+                "DDP through wrap="
             )
         rule = getattr(method, "moments_rule", "keep")
         if rule != "keep" and cls.__module__.partition(".")[0] == "bitsandbytes":

@@ -215,7 +215,7 @@ def broadcast_parameters(
 
     Sharded ones are left alone: every worker holds its own part.
     """
-    held = [p for p in parameters if not hasattr(p, "device_mesh")]
+    held = [p for p in parameters if not hasattr(p, "placements")]
     states = [value for p in held for value in state.get(p, {}).values()]
     broadcast_([p.data for p in held] + [t for t in states if isinstance(t, Tensor)])
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankwise import accounting, checkpoint, composition, distributed, structure
+from rankwise import accounting, checkpoint, composition, distributed, sharding, structure
 from rankwise.errors import LifeCycleError, PlanError
 from rankwise.events import EventLog
 from rankwise.followers import give_structure, inside
@@ -27,6 +27,7 @@ from rankwise.method import NO_CHANGE, Change, Context, Method
 from rankwise.optim.groups import Options, group_names, open_roles, regroup, settle
 from rankwise.optim.learning_rate import LearningRateScale
 from rankwise.optim.low_bit import packed, unpacked
+from rankwise.optim.projected.states import part_states, whole_states
 from rankwise.optim.rebind import rebind
 from rankwise.ranks import Plan
 from rankwise.running_statistics import Calibrate, check_calibrate, gather_statistics
@@ -253,16 +254,16 @@ class Run:
         return self.bare
 
     def state_dict(self) -> dict[str, Any]:
-        """Structure, optimizer, methods and position: loads with weights_only=True.
+        """Structure, optimizer, methods, position; `run.bare.state_dict()` holds the weights.
 
-        The weights are not in it: `run.bare.state_dict()` holds them.
+        Loads with weights_only=True. Where weights are sharded: DTensors, and a collective.
         """
         return {
             "step": self.step,
             "plan": structure.read_plan(self.bare),
             "methods": {key: method.state_dict() for key, method in self._keyed().items()},
             "parameter_names": group_names(self.optimizer, self._names()),
-            "optimizer": packed(self.optimizer.state_dict()),
+            "optimizer": packed(whole_states(self.optimizer)),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
@@ -286,13 +287,14 @@ class Run:
         change = structure.impose_plan(self.bare, state_dict["plan"])
         rebind(self.optimizer, change)
         try:
-            self.bare.load_state_dict(dict(weights))
+            self.bare.load_state_dict(sharding.cut_as(weights, self.bare.state_dict()))
         except RuntimeError as error:
             raise PlanError(f"the saved weights do not fit this model: {error}") from error
         for method in self.methods:
             rebind(self.optimizer, method.resume(self.bare), self._names())
         regroup(self.optimizer, self._names(), state_dict["parameter_names"])
-        self.optimizer.load_state_dict(unpacked(state_dict["optimizer"]))
+        saved_optimizer = unpacked(state_dict["optimizer"])
+        self.optimizer.load_state_dict(part_states(self.optimizer, saved_optimizer))
         self._saved_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.step = int(state_dict["step"])
         for key, method in self._keyed().items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from rankwise import distributed
+from rankwise import distributed, sharding
 from rankwise.errors import LifeCycleError, OptionError
 from rankwise.method import Change, Context, Successors
 from rankwise.optim.projected.choices import Choices
@@ -54,7 +54,7 @@ class ProjectedGradients:
         self.bases = Bases(choices, context)
         self.matrices = {
             name: ProjectedMatrix(
-                self.bases, name, weight, choices.rank_of(weight), _side(choices, weight)
+                self.bases, name, weight, choices.rank_of(weight), _side(choices, name, weight)
             )
             for name, weight in weights.items()
         }
@@ -64,14 +64,14 @@ class ProjectedGradients:
         self.mean: WorkerMean | None = None
         for matrix in self.matrices.values():
             matrix.watch()
-        whole = {n: w for n, w in weights.items() if not hasattr(w, "device_mesh")}
+        whole = {n: w for n, w in weights.items() if not sharding.is_sharded(w)}
         if distributed.workers() > 1 and whole:
             self.mean = WorkerMean(model, whole, self._held_tensors)
 
     def _held_tensors(self) -> Iterable[Tensor]:
         for matrix in self.matrices.values():
             held = matrix.held()
-            if held is not None and not hasattr(matrix.weight, "device_mesh"):
+            if held is not None and not sharding.is_sharded(matrix.weight):
                 held.settle()
                 held.seen = None
                 yield from held.parts()
@@ -233,6 +233,7 @@ class ProjectedGradients:
                 scale=self.choices.scale * _shape_gain(group, matrix),
                 rate=rate,
                 sign=-1.0 if group.get("maximize") else 1.0,
+                total=self.bases.total(matrix),
             )
         )
         if not in_place:
@@ -250,9 +251,15 @@ class ProjectedGradients:
             compensated_(weight, target, lost.view(target.shape))
 
 
-def _side(choices: Choices, weight: Parameter) -> str:
-    if not hasattr(weight, "device_mesh"):
+def _side(choices: Choices, name: str, weight: Parameter) -> str:
+    if not sharding.is_sharded(weight):
         return choices.side
+    if not sharding.split_by_rows(weight):
+        places: Any = getattr(weight, "placements", ())
+        raise OptionError(
+            f"{name} is placed as {', '.join(map(str, places))}, but gradients are projected on "
+            "whole rows alone; shard it with fully_shard (Shard(0)), or exclude it"
+        )
     if choices.side not in ("short", "right") or choices.basis == "svd":
         raise OptionError(
             f"side={choices.side!r} with basis={choices.basis!r} needs whole gradients, but the "

@@ -70,6 +70,14 @@ class Projector(Protocol):
         """W's projected gradient."""
         ...
 
+    def as_whole(self, part: Tensor) -> Tensor:
+        """What this worker holds of a state of the proxy, as a part of the whole."""
+        ...
+
+    def as_part(self, whole: Tensor) -> Tensor:
+        """What this worker holds of such a whole."""
+        ...
+
 
 class LowRankGrad(torch.Tensor):
     """A gradient of W's shape that holds only what the optimizer needs.

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rankwise import sharding
 from rankwise.linalg import working_dtype
 from rankwise.optim.projected.gradient import LowRankGrad, Proxy
 from rankwise.optim.projected.subspace import LowBitBasis
@@ -85,7 +86,7 @@ class ProjectedMatrix:
         self.similar: list[float] = []
         self.failing = False
         local = self.local(weight)
-        held = (local.shape[0], local.numel() // local.shape[0])
+        held = (local.shape[0], columns)  # of many workers, the last ones may hold no row
         self._proxy_shape = self._small_shape(held)
         self.proxy = Proxy(self._rest())
         self.proxy.projector = self
@@ -145,8 +146,23 @@ class ProjectedMatrix:
 
     def local(self, tensor: Tensor) -> Tensor:
         """The part of a sharded tensor that this worker holds; any other tensor itself."""
-        part: Tensor | None = getattr(tensor, "_local_tensor", None)
-        return tensor if part is None else part
+        return sharding.local(tensor)
+
+    def as_whole(self, part: Tensor) -> Tensor:
+        """What this worker holds of a proxy's state or of `memory`, as a part of the whole.
+
+        Rows of a sharded weight come back as a DTensor; everything else is the same everywhere.
+        """
+        rows = self.local(self.weight).shape[0]
+        if not sharding.is_sharded(self.weight) or part.dim() < 2 or part.shape[0] != rows:
+            return part
+        return sharding.as_rows(part, self.weight)
+
+    def as_part(self, whole: Tensor) -> Tensor:
+        """What this worker holds of a tensor that `as_whole` gave, or that was put together."""
+        if not sharding.is_sharded(self.weight) or whole.dim() < 2:
+            return whole
+        return sharding.local(sharding.cut(whole, self.weight))
 
     def project(self, full: Tensor) -> Tensor:
         """The projection of a gradient or weight of W's shape."""
@@ -295,7 +311,7 @@ class ProjectedMatrix:
         }
         return {
             "bases": bases,
-            "memory": dict(self.memory),
+            "memory": {key: self.as_whole(held) for key, held in self.memory.items()},
             "next_refresh": self.next_refresh,
             "period": self.period,
             "failures": self.failures,
@@ -317,7 +333,8 @@ class ProjectedMatrix:
                     int(saved["bits"]),
                     (int(rows), int(columns)),
                 )
-        self.memory = {k: t.to(device).clone() for k, t in state_dict["memory"].items()}
+        memory: dict[str, Tensor] = state_dict["memory"]
+        self.memory = {k: self.as_part(t).to(device).clone() for k, t in memory.items()}
         self.next_refresh, self.period = int(state_dict["next_refresh"]), int(state_dict["period"])
         self.failures, self.failing = int(state_dict["failures"]), bool(state_dict["failing"])
         self.similar = [float(s) for s in state_dict["similar"]]

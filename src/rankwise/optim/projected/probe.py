@@ -58,27 +58,41 @@ def depends_on_values(optimizer: Optimizer) -> str:
     return "moved two parameters of different values differently by the same gradients"
 
 
-@torch.enable_grad()
+def mixes_rows(optimizer: Optimizer) -> bool:
+    """Whether it moves the rows of a matrix otherwise than each worker would its own (Muon).
+
+    Tried on a toy; an optimizer that cannot be built for it is taken to be fit.
+    """
+    whole = _stepped(optimizer, torch.zeros(6, 4), 1)
+    halves = _stepped(optimizer, torch.zeros(6, 4), 2)
+    return not (whole is None or halves is None or torch.allclose(whole, halves, rtol=1e-4))
+
+
 def _tried(optimizer: Optimizer) -> tuple[Tensor, Tensor] | None:
+    value = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    moved = [_stepped(optimizer, start, 1) for start in (torch.zeros_like(value), value)]
+    return None if moved[0] is None or moved[1] is None else (moved[0], moved[1])
+
+
+@torch.enable_grad()
+def _stepped(optimizer: Optimizer, start: Tensor, parts: int) -> Tensor | None:
+    """How an optimizer of this kind moves a matrix in three steps, its rows held in parts."""
     taken = inspect.signature(type(optimizer)).parameters
     options: dict[str, Any] = {k: v for k, v in optimizer.defaults.items() if k in taken}
     # Rates may be zero at the start of a warm-up, and tensors that captured graphs hold.
     options |= {k: v for k, v in (("lr", 0.01), ("weight_decay", 0.0)) if k in taken}
     generator = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(6, 4, generator=generator) for _ in range(3)]
-    moved = []
-    for value in (0.0, 1.0):
-        start = value * torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
-        parameter = Parameter(start.clone())
-        try:
-            toy = type(optimizer)([parameter], **options)
-            for gradient in gradients:
-                parameter.grad = gradient.clone()
-                toy.step()
-        except Exception:  # whatever a foreign class wants; the caller warns
-            return None
-        moved.append(parameter.detach() - start)
-    return moved[0], moved[1]
+    gradients = [torch.randn(start.shape, generator=generator) for _ in range(3)]
+    held = [Parameter(part.clone()) for part in start.chunk(parts)]
+    try:
+        toy = type(optimizer)(held, **options)
+        for gradient in gradients:
+            for parameter, part in zip(held, gradient.chunk(parts), strict=True):
+                parameter.grad = part.clone()
+            toy.step()
+    except Exception:  # whatever a foreign class wants; the caller warns
+        return None
+    return torch.cat([parameter.detach() for parameter in held]) - start
 
 
 def inside_compiled_code() -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rankwise import sharding
 from rankwise.errors import LifeCycleError
 from rankwise.method import Context
 from rankwise.optim.projected import moments as moment_rules
@@ -202,12 +203,13 @@ class Bases:
 
     def total(self, matrix: ProjectedMatrix) -> Callable[[Tensor], Tensor]:
         """How products over the rows of a sharded weight are added up."""
-        mesh = getattr(matrix.weight, "device_mesh", None)
-        if mesh is None:
+        weight = matrix.weight
+        group = sharding.row_group(weight) if sharding.is_sharded(weight) else None
+        if group is None:
             return subspace.alone
 
         def add_up(part: Tensor) -> Tensor:
-            dist.all_reduce(part, group=mesh.get_group())
+            dist.all_reduce(part, group=group)
             return part
 
         return add_up

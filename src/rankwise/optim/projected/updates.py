@@ -18,7 +18,7 @@ from rankwise.errors import LifeCycleError
 from rankwise.linalg import working_dtype
 from rankwise.optim.projected.gradient import LowRankGrad
 from rankwise.optim.projected.matrix import ProjectedMatrix
-from rankwise.optim.projected.subspace import orthonormal
+from rankwise.optim.projected.subspace import Total, alone, orthonormal
 
 
 class Optimizing(Protocol):
@@ -57,6 +57,7 @@ class Step:
         scale: the method's factor on the update.
         rate: the learning rate of this step.
         sign: 1, or -1 where the optimizer maximises.
+        total: adds up sums over the rows of a sharded weight.
     """
 
     matrix: ProjectedMatrix
@@ -66,6 +67,7 @@ class Step:
     scale: float
     rate: float
     sign: float = 1.0
+    total: Total = alone
 
 
 class Lift:
@@ -103,8 +105,8 @@ class ChannelResidual:
             return  # full rank: nothing is outside
         rest = held.full.flatten(1)
         matrix.lift_into(rest, held.small, -1.0)
-        rest.mul_(_gain(matrix.proxy, held.small, matrix.channels()))
-        limit_growth_(rest, matrix.memory, self.growth, step.rate)
+        rest.mul_(_gain(step, held.small, matrix.channels()))
+        limit_growth_(rest, matrix.memory, self.growth, step.rate, step.total)
         step.target.add_(rest, alpha=-step.scale * step.sign)
 
 
@@ -135,9 +137,9 @@ class GradientScaling:
         sides = matrix.channels()
         if held.full is None:  # full rank: the channels of the short side's choice
             sides = 1 if matrix.shape[0] >= matrix.shape[1] else 0
-        whole.mul_(_gain(matrix.proxy, held.small, None if self.per == "tensor" else sides))
+        whole.mul_(_gain(step, held.small, None if self.per == "tensor" else sides))
         if self.growth:
-            limit_growth_(whole, matrix.memory, self.growth, step.rate)
+            limit_growth_(whole, matrix.memory, self.growth, step.rate, step.total)
         if step.keep != 1.0:
             step.target.mul_(step.keep)
         step.target.add_(whole, alpha=-(step.scale**0.5) * step.sign)
@@ -242,7 +244,7 @@ class OrthonormalUpdate:
         small = matrix.project(total)
         matrix.lift_into(total, small, -(1 - self.mu))
         facing = matrix.facing(side, small)
-        unit = facing / torch.linalg.vector_norm(facing, dim=0, keepdim=True).clamp_min(1e-30)
+        unit = facing / _norm(facing, 0, engine.total(matrix)).clamp_min(1e-30)
         matrix.memory["factor"] = unit.clone()
         held.small.copy_(matrix.facing(side, unit))
 
@@ -266,23 +268,30 @@ def _add_memory(matrix: ProjectedMatrix, held: LowRankGrad, key: str) -> Tensor:
     return matrix.memory[key]
 
 
-def _gain(proxy: Tensor, small: Tensor, dim: int | None) -> Tensor:
-    # float32: half-precision squares overflow. A channel without gradient has no gain.
-    wide = torch.promote_types(small.dtype, torch.float32)
-    keep = dim is not None
-    above = torch.linalg.vector_norm(proxy.detach(), dim=dim, keepdim=keep, dtype=wide)
-    below = torch.linalg.vector_norm(small, dim=dim, keepdim=keep, dtype=wide)
+def _norm(matrix: Tensor, dim: int | None, total: Total) -> Tensor:
+    """The 2-norm of a matrix, of its columns (dim 0) or rows (1); rows may be spread."""
+    # float32: half-precision squares overflow.
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(matrix, dim=dim, keepdim=dim is not None, dtype=wide)
+    return norm if dim == 1 or total is alone else total(norm.square_()).sqrt_()
+
+
+def _gain(step: Step, small: Tensor, dim: int | None) -> Tensor:
+    # A channel without gradient has no gain.
+    above = _norm(step.matrix.proxy.detach(), dim, step.total)
+    below = _norm(small, dim, step.total)
     return (above / below).masked_fill_(~(below > 0), 0)
 
 
-def limit_growth_(update: Tensor, memory: dict[str, Tensor], growth: float, rate: float) -> None:
+def limit_growth_(
+    update: Tensor, memory: dict[str, Tensor], growth: float, rate: float, total: Total = alone
+) -> None:
     """Keep the update's norm from growing by more than a factor a step, in units of the rate.
 
     A norm of zero or one that is not finite is not remembered: the limiter would never let the
     update grow again.
     """
-    wide = torch.promote_types(update.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(update, dtype=wide) / rate
+    norm = _norm(update, None, total) / rate
     last = memory.get("norm", torch.zeros_like(norm))
     last = torch.where(last > 0, last, norm)
     limiter = (norm / last.clamp_min(1e-30) / growth).clamp_min(1.0)
