@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankwise import errors, layers, linalg, ranks
-    from rankwise.checkpoint import load, save
+    from rankwise.checkpoint import load, methods_state, restore_methods, save, states_by_weight
     from rankwise.method import Change, Context, Method
     from rankwise.methods import (
         METHODS,
@@ -69,7 +69,10 @@ _HOME = {
     "Run": "rankwise.run",
     "start": "rankwise.run",
     "load": "rankwise.checkpoint",
+    "methods_state": "rankwise.checkpoint",
+    "restore_methods": "rankwise.checkpoint",
     "save": "rankwise.checkpoint",
+    "states_by_weight": "rankwise.checkpoint",
     "impose_plan": "rankwise.structure",
     "read_plan": "rankwise.structure",
     "to_dense": "rankwise.surgery",
@@ -104,12 +107,15 @@ __all__ = [
     "layers",
     "linalg",
     "load",
+    "methods_state",
     "plan",
     "ranks",
     "read_plan",
     "rebind",
+    "restore_methods",
     "save",
     "start",
+    "states_by_weight",
     "to_dense",
 ]
 

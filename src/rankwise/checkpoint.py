@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from rankwise import __version__, distributed, sharding, storage
-from rankwise.errors import CheckpointError, unknown
+from rankwise import __version__, composition, distributed, sharding, storage
+from rankwise.errors import CheckpointError, LifeCycleError, unknown
+from rankwise.method import Method
+from rankwise.optim.projected.states import weights_in_place_of_proxies
 from rankwise.structure import read_plan
 
 
@@ -275,3 +279,73 @@ def _foreign(path: Path) -> str:
             else "; give the directory passed to rankwise.save"
         )
     )
+
+
+class Progressing(Protocol):
+    """What of a run is saved beside a checkpoint that torch or a trainer writes."""
+
+    optimizer: Optimizer
+    methods: tuple[Method, ...]
+    step: int
+
+
+@contextmanager
+def states_by_weight(run: Progressing) -> Iterator[Optimizer]:
+    """Within it the run's optimizer holds the model's weights, so that states have their names.
+
+    For torch.distributed.checkpoint.state_dict (`get_state_dict`, `set_state_dict` and the like)
+    and trainers that call it: with low-rank gradients the optimizer steps proxies, which those
+    functions find in no model. Moments keep the projected shape; of sharded weights they are
+    DTensors. A run that has not stepped gives begun states to read saved ones into. Nothing may
+    step within it. What the methods keep, `methods_state` gives.
+
+    Example:
+        >>> import rankwise
+        >>> from torch.distributed.checkpoint import state_dict as torch_states
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 4))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> run = rankwise.start(model, rankwise.GaLore(4), optimizer)
+        >>> with rankwise.states_by_weight(run):
+        ...     weights, states = torch_states.get_state_dict(model, optimizer)
+        >>> states["state"]["0.weight"]["exp_avg"].shape
+        torch.Size([16, 4])
+    """
+    with composition.resting(run.optimizer), weights_in_place_of_proxies(run.optimizer):
+        yield run.optimizer
+
+
+def methods_state(run: Progressing) -> dict[str, Any]:
+    """Step and methods of a run: what an exact resume needs beside weights and optimizer.
+
+    A collective where weights are sharded; tensors are then whole on worker 0, which saves it.
+    Plain tensors and numbers: torch.save it, and load it with weights_only=True.
+
+    Raises:
+        LifeCycleError: a method changes the structure, of which this holds nothing.
+    """
+    for method in run.methods:
+        if method.provides - {"low-rank gradients"}:
+            raise LifeCycleError(
+                f"{type(method).__name__} changes the model's structure, which is in a checkpoint "
+                "of rankwise.save alone; save the run by that"
+            )
+    methods = [{"method": type(m).__name__, "state": m.state_dict()} for m in run.methods]
+    return sharding.whole({"step": run.step, "methods": methods})
+
+
+def restore_methods(run: Progressing, state: Mapping[str, Any]) -> None:
+    """Take on what `methods_state` gave, once weights and optimizer are loaded.
+
+    Raises:
+        LifeCycleError: the run has stepped, or has other methods.
+    """
+    own = [type(method).__name__ for method in run.methods]
+    saved = [one["method"] for one in state["methods"]]
+    if run.step or own != saved:
+        raise LifeCycleError(
+            f"the saved run used {saved}, this one uses {own} and is at step {run.step}; restore "
+            "into a run of the same methods before its first step"
+        )
+    run.step = int(state["step"])
+    for method, one in zip(run.methods, state["methods"], strict=True):
+        method.load_state_dict(one["state"])

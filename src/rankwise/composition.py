@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -17,7 +18,8 @@ from rankwise.errors import CompositionError, LifeCycleError, OptionError
 from rankwise.isolation import untraced
 from rankwise.method import Change, Method
 from rankwise.optim.groups import held_by
-from rankwise.optim.projected.probe import depends_on_values, mixes_rows
+from rankwise.optim.projected.gradient import Proxy
+from rankwise.optim.projected.probe import depends_on_values, mixes_rows, refuse_unnamed
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +206,7 @@ def check_step(closure: object = None, *others: object, **keywords: object) -> N
 
 # Optimizers whose step hooks a run hangs on: with two runs every step would count twice.
 _held: WeakSet[Optimizer] = WeakSet()
+_resting: WeakSet[Optimizer] = WeakSet()
 
 
 def hang_on(
@@ -212,14 +215,34 @@ def hang_on(
     """Have a run's two hooks called around every step of the optimizer, which is now the run's."""
 
     def on_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        check_step(*args[1:], **kwargs)
-        before()
+        if optimizer not in _resting:
+            check_step(*args[1:], **kwargs)
+            before()
+
+    def on_stepped(*_: object) -> None:
+        if optimizer not in _resting:
+            after()
+
+    def on_state_dict(_: Optimizer) -> None:
+        if any(isinstance(p, Proxy) for group in optimizer.param_groups for p in group["params"]):
+            refuse_unnamed()
 
     _held.add(optimizer)
     return [
+        optimizer.register_state_dict_pre_hook(on_state_dict),
         optimizer.register_step_pre_hook(untraced(on_step)),
-        optimizer.register_step_post_hook(untraced(lambda *_: after())),
+        optimizer.register_step_post_hook(untraced(on_stepped)),
     ]
+
+
+@contextmanager
+def resting(optimizer: Optimizer) -> Iterator[None]:
+    """Steps within it are none of the run's: torch begins states by one of rate zero."""
+    _resting.add(optimizer)
+    try:
+        yield
+    finally:
+        _resting.discard(optimizer)
 
 
 def let_go(optimizer: Optimizer) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
 from rankwise.errors import LifeCycleError
+from rankwise.optim.projected.probe import refuse_unnamed
 
 _aten = torch.ops.aten
 _SCALE = {
@@ -68,6 +69,14 @@ class Projector(Protocol):
 
     def take(self) -> Tensor | None:
         """W's projected gradient."""
+        ...
+
+    def wake(self) -> None:
+        """Give the proxy memory."""
+        ...
+
+    def rest(self) -> None:
+        """Free the proxy's memory."""
         ...
 
     def as_whole(self, part: Tensor) -> Tensor:
@@ -277,7 +286,16 @@ class Proxy(nn.Parameter):
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:  # pyright: ignore
+        if value is not None:
+            refuse_unnamed()
         self.projector.give(value)
+
+    def __repr__(self) -> str:  # pyright: ignore
+        name = self.projector.name
+        return (
+            f"Proxy of {name}, {tuple(self.shape)}; the optimizer holds {name} itself under "
+            "rankwise.states_by_weight(run)"
+        )
 
     @property
     def stands_for(self) -> nn.Parameter:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from rankwise.errors import LifeCycleError
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +100,28 @@ def _stepped(optimizer: Optimizer, start: Tensor, parts: int) -> Tensor | None:
 
 def inside_compiled_code() -> bool:
     """Whether the caller runs under torch.compile, in the Python between compiled parts."""
+    return _called_from("_dynamo", "compile_wrapper")
+
+
+def refuse_unnamed() -> None:
+    """Say what to do when torch.distributed.checkpoint asks for proxies by the model's names.
+
+    Raises:
+        LifeCycleError: it is among the callers. It would end in a KeyError of a number.
+    """
+    if _called_from(str(Path("distributed", "checkpoint", "state_dict.py"))):
+        raise LifeCycleError(
+            "torch.distributed.checkpoint looks for the optimizer's parameters in the model, but "
+            "with low-rank gradients it steps proxies of them; call it inside "
+            "`with rankwise.states_by_weight(run):`, or save by rankwise.save(directory, run)"
+        )
+
+
+def _called_from(file: str, function: str = "") -> bool:
     frame = sys._getframe()
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "compile_wrapper" and "_dynamo" in code.co_filename:
+        if file in code.co_filename and function in code.co_name:
             return True
         frame = frame.f_back
     return False

@@ -1,14 +1,17 @@
-"""The optimizer's state of proxies, seen from outside.
+"""The optimizer's state of proxies, seen from outside: whole, or under the weights' own names.
 
 Between steps an optimizer holds proxies, whose states are parts of this worker where weights are
-sharded; checkpoints want them whole.
+sharded. Checkpoints want them whole; torch.distributed.checkpoint finds states by the names of the
+model's parameters, which proxies do not have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -86,3 +89,61 @@ def part_states(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> State:
     held = _held(optimizer)
     states = state_dict["state"].items()
     return {**state_dict, "state": {i: _to_parts(held[i], state) for i, state in states}}
+
+
+@contextmanager
+def weights_in_place_of_proxies(optimizer: Optimizer) -> Iterator[None]:
+    """Within it the optimizer holds the weights, with the states of their proxies.
+
+    Nothing may step within it. Where there is no state yet it is begun, of the proxies' shapes,
+    so that a saved one can be read into it; unless one is loaded, it is gone afterwards.
+    """
+    proxies = [p for p in _held(optimizer) if isinstance(p, Proxy)]
+    begun = not optimizer.state and all(p.grad is None for p in _held(optimizer))
+    if begun:
+        _begin_states(optimizer)
+    made = optimizer.state
+    _exchange(optimizer, {p: p.stands_for for p in proxies}, _to_whole)
+    try:
+        yield
+    finally:
+        back: dict[Parameter, Parameter] = {p.stands_for: p for p in proxies}
+        _exchange(optimizer, back, lambda weight, state: _to_parts(back[weight], state))
+        if begun and optimizer.state is made:
+            optimizer.state.clear()
+
+
+def _exchange(
+    optimizer: Optimizer,
+    pairs: Mapping[Parameter, Parameter],
+    convert: Callable[[Parameter, State], State],
+) -> None:
+    for group in optimizer.param_groups:
+        group["params"][:] = [pairs.get(p, p) for p in group["params"]]
+    for old, new in pairs.items():
+        if old in optimizer.state:
+            optimizer.state[new] = convert(old, optimizer.state.pop(old))
+
+
+def _begin_states(optimizer: Optimizer) -> None:
+    """One step at rate zero by zero gradients: what lazy optimizers make their states in."""
+    held = _held(optimizer)
+    proxies = [p for p in held if isinstance(p, Proxy)]
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    for proxy in proxies:
+        proxy.projector.wake()
+    for parameter in held:
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    try:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            if rate is not None:
+                group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+        optimizer.step()
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            if rate is not None:
+                group["lr"] = rate
+        for proxy in proxies:
+            proxy.projector.rest()
+        optimizer.zero_grad()
