@@ -11,6 +11,13 @@ from rankwise.layers.embedding import LowRankEmbedding
 from rankwise.layers.form import Form
 from rankwise.layers.initial import INITS
 from rankwise.layers.linear import BlockLinear, LowRankLinear
+from rankwise.layers.recurrent import (
+    RECURRENT,
+    LowRankGRU,
+    LowRankLSTM,
+    OpenRecurrent,
+    recurrent_class,
+)
 from rankwise.layers.separable import LowRankSeparableConv2d
 from rankwise.layers.transposed_conv import (
     LowRankConvTranspose1d,
@@ -22,6 +29,7 @@ from rankwise.layers.transposed_linear import LowRankTransposedLinear
 __all__ = [
     "INITS",
     "KINDS",
+    "RECURRENT",
     "BlockLinear",
     "Form",
     "LowRankConv1d",
@@ -31,12 +39,16 @@ __all__ = [
     "LowRankConvTranspose2d",
     "LowRankConvTranspose3d",
     "LowRankEmbedding",
+    "LowRankGRU",
+    "LowRankLSTM",
     "LowRankLayer",
     "LowRankLinear",
     "LowRankSeparableConv2d",
     "LowRankTransposedLinear",
     "OpenAttention",
+    "OpenRecurrent",
     "low_rank_class",
+    "recurrent_class",
 ]
 
 _CLASSES = (

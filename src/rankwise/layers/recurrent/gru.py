@@ -1,0 +1,105 @@
+"""The low-rank GRU. T: steps, B: batch, I: input_size, H: hidden_size, R: rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankwise.layers.recurrent import gru_loop
+from rankwise.layers.recurrent.base import OpenRecurrent, Ranks
+from rankwise.layers.recurrent.codes import operand_dtype, state_dtype
+from rankwise.layers.recurrent.matrices import Matrix
+from rankwise.layers.recurrent.native import native, without_loop
+from rankwise.layers.recurrent.sequences import Layout
+
+
+class LowRankGRU(OpenRecurrent):
+    """nn.GRU with matrices that may be low-rank, each a child layer of its own.
+
+    As LowRankLSTM, with three gates; torch's GRU has no projection.
+
+    Args:
+        input_size: I.
+        hidden_size: H.
+        num_layers: stacked layers.
+        bias: two biases a layer, as torch has them.
+        batch_first: inputs and outputs are (B, T, ..).
+        dropout: behind every layer but the last, in training mode.
+        bidirectional: a second set of matrices runs from the end.
+        rank: R of the input's and the recurrent matrix; a pair (either may be None: dense); a list
+            of these, one for each layer. None: all dense.
+        per_gate: R for each of the three gates' matrices instead of for the stacked one.
+        recompute: see `OpenRecurrent`.
+        device: where the parameters live.
+        dtype: their type.
+
+    Example:
+        >>> gru = LowRankGRU(20, 32, rank=(None, 8), bidirectional=True)
+        >>> y, h = gru(torch.zeros(5, 3, 20))
+        >>> y.shape, h.shape
+        (torch.Size([5, 3, 64]), torch.Size([2, 3, 32]))
+    """
+
+    kind: ClassVar[str] = "gru"
+    dense_class: ClassVar[type[nn.Module]] = nn.GRU
+    gates: ClassVar[int] = 3
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        rank: Ranks = None,
+        per_gate: bool = False,
+        recompute: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shape = (num_layers, bias, batch_first, dropout, bidirectional)
+        dense = nn.GRU(input_size, hidden_size, *shape, device="meta")  # checks its arguments
+        super().__init__(dense, rank, per_gate, recompute, device, dtype)
+
+    def _run(
+        self,
+        x: Tensor,
+        states: tuple[Tensor, ...],
+        matrices: Sequence[Matrix],
+        layout: Layout,
+        reverse: bool,
+    ) -> tuple[Tensor, ...]:
+        ih, hh = matrices
+        if without_loop(hh):
+            return native("gru", x, states, matrices, layout, reverse)
+        assert hh.v is not None
+        dtype = operand_dtype(x)
+        turned = reverse and layout.packed is not None
+        v = _n_first(ih) if ih.apart else ih.v
+        x = layout.turn(x) if turned else x
+        zx = x if v is None else F.linear(x, v)
+        bx, bh = (m.u.new_zeros(len(m.u)) if m.bias is None else m.bias for m in matrices)
+        q0, h0 = F.linear(states[0], hh.v), states[0].to(state_dtype(dtype))
+        operands = (t.to(dtype) for t in (zx, ih.u, hh.u, bx, bh, hh.v, q0))
+        y = gru_loop.run(*operands, h0=h0, reverse=reverse and not turned, recompute=self.recompute)
+        y = layout.turn(y) if turned else y
+        return y, layout.last(y, reverse)
+
+    def _state_sizes(self) -> tuple[int, ...]:
+        return (self.hidden_size,)
+
+    def _handed_over(self, states: tuple[Tensor, ...]) -> Any:
+        return states[0]
+
+
+def _n_first(ih: Matrix) -> Tensor:
+    """V of the inputs with the codes of gate n before those of r and z, as the loop wants them."""
+    assert ih.v is not None
+    return ih.v.unflatten(0, (3, -1))[[2, 0, 1]].flatten(0, 1)

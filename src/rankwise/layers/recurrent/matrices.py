@@ -1,0 +1,98 @@
+"""Reading a child of a recurrent layer: its matrix as factors, whatever the child is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankwise.errors import FactorizeError
+from rankwise.layers.linear import LowRankLinear
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """W (G H, N), as it is or as U V.
+
+    Attributes:
+        u: (G H, R); W itself where `v` is None.
+        v: (R, N), or (G R, N) where each gate has R codes of its own; None: dense.
+        bias: (G H) or None.
+        gates: G.
+    """
+
+    u: Tensor
+    v: Tensor | None
+    bias: Tensor | None
+    gates: int
+
+    @property
+    def apart(self) -> bool:
+        """Whether each gate has codes of its own."""
+        return self.v is not None and len(self.v) != self.u.shape[1]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The codes V x of rows x (..., N); x itself for a dense matrix."""
+        return x if self.v is None else F.linear(x, self.v)
+
+    def product(self) -> Tensor:
+        """W, formed if need be; differentiable."""
+        if self.v is None:
+            return self.u
+        if not self.apart:
+            return self.u @ self.v
+        u, v = (factor.unflatten(0, (self.gates, -1)) for factor in (self.u, self.v))
+        return torch.bmm(u, v).flatten(0, 1)
+
+    def narrow(self) -> Matrix:
+        """One matrix to multiply codes by, in place of one for each gate: zeros between gates."""
+        return Matrix(torch.block_diag(*self.u.chunk(self.gates)), self.v, self.bias, self.gates)
+
+
+def read(child: Any, gates: int, name: str = "") -> Matrix:
+    """The matrix of a child, differentiable.
+
+    Args:
+        child: nn.Linear (a subclass too) or LowRankLinear.
+        gates: G.
+        name: of the child, for messages.
+
+    Raises:
+        FactorizeError: any other layer, or BatchNorm between the factors.
+    """
+    if isinstance(child, nn.Linear):
+        return Matrix(child.weight, None, child.bias, gates)
+    if not isinstance(child, LowRankLinear):
+        raise FactorizeError(
+            f"{name} is a {type(child).__name__}; a recurrent layer reads the weights of its "
+            "children in every step and knows nn.Linear and LowRankLinear. Merge an adapter into "
+            "the layer first, or leave this layer alone"
+        )
+    if child.norm is not None:
+        raise FactorizeError(
+            f"{name} has a BatchNorm between its factors; codes of one sequence are made step by "
+            "step and have no statistics over a batch. Factorise it with norm=False"
+        )
+    bias = child.u.bias
+    if child.blocks > 1 and gates % child.blocks:
+        return Matrix(child.weight, None, bias, gates)
+    u = child.to_factor("u", child.u.weight)
+    if child.core is not None:
+        u = u @ child.to_factor("core", child.core.weight)
+    v = child.v.weight
+    if child.blocks == 1:
+        return Matrix(u, v, bias, gates)
+    if child.blocks != gates:  # gates in groups with codes of their own: give each gate a copy
+        v = v.unflatten(0, (child.blocks, -1)).repeat_interleave(gates // child.blocks, 0)
+        v = v.flatten(0, 1)
+    return Matrix(u.flatten(0, 1), v, bias, gates)
+
+
+def bias_of(ih: Matrix, hh: Matrix) -> Tensor:
+    """Both biases of torch's layers as one; zeros without them."""
+    if ih.bias is None or hh.bias is None:
+        return ih.u.new_zeros(len(ih.u))
+    return ih.bias + hh.bias
