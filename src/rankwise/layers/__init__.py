@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from rankwise.layers.adapted import AdaptedLayer
 from rankwise.layers.attention import OpenAttention
 from rankwise.layers.base import LowRankLayer
 from rankwise.layers.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from rankwise.layers.embedding import LowRankEmbedding
 from rankwise.layers.form import Form
 from rankwise.layers.initial import INITS
+from rankwise.layers.inventory import adapted_layers, low_rank_layers
 from rankwise.layers.linear import BlockLinear, LowRankLinear
 from rankwise.layers.recurrent import (
     RECURRENT,
@@ -30,6 +32,7 @@ __all__ = [
     "INITS",
     "KINDS",
     "RECURRENT",
+    "AdaptedLayer",
     "BlockLinear",
     "Form",
     "LowRankConv1d",
@@ -47,7 +50,9 @@ __all__ = [
     "LowRankTransposedLinear",
     "OpenAttention",
     "OpenRecurrent",
+    "adapted_layers",
     "low_rank_class",
+    "low_rank_layers",
     "recurrent_class",
 ]
 

@@ -20,6 +20,7 @@ from rankwise.errors import FactorizeError, LifeCycleError, PlanError
 from rankwise.layers.form import Form
 from rankwise.layers.initial import initial_factors
 from rankwise.layers.moments import FactorCarry
+from rankwise.method import Change, Successors
 
 PARTS = ("u", "core", "v")
 
@@ -363,6 +364,17 @@ class LowRankLayer(nn.Module, ABC):
             blocks=int(spec.get("blocks", 1)),
         )
         return layer._stand_in_for(dense)
+
+    def for_tied(self, dense: Any, stand_in: type[LowRankLayer]) -> LowRankLayer:
+        """A layer with this one's factors in place of another dense layer of the same weight."""
+        layer = stand_in.from_spec(dense, self.spec())
+        layer.v, layer.norm, layer.core = self.v, self.norm, self.core
+        layer.u.weight = self.u.weight
+        return layer
+
+    def taken_from(self, dense: Any) -> Change:
+        """The factors take the place of a dense layer's weight in the optimizer."""
+        return Change(replaced={dense.weight: Successors(self.new_parameters(), self.moments())})
 
     def _stand_in_for(self, dense: Any) -> Self:
         self.u.bias = dense.bias

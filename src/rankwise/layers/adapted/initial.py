@@ -1,0 +1,46 @@
+"""How an update begins: U zero, so that the function stays, and V drawn, so that U can learn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import OptionError, unknown
+from rankwise.layers.base import LowRankLayer
+from rankwise.layers.embedding import LowRankEmbedding
+
+DRAWS = ("kaiming", "orthogonal", "normal")
+
+
+@torch.no_grad()
+def draw_update(head: LowRankLayer, draw: str, generator: torch.Generator) -> None:
+    """Set U to zero and draw V.
+
+    Args:
+        head: a low-rank layer; with blocks each gets a V of its own.
+        draw: `kaiming`, uniform within 1 / sqrt(N) (2106.09685; the rows of an embedding's update
+            have no fan-in and are normal there, as in the authors' program); `orthogonal`,
+            orthonormal rows times sqrt(N / R) (2402.16828); `normal`, with variance 1 / N.
+        generator: on the CPU; the same numbers on every device.
+
+    Raises:
+        OptionError: an unknown draw.
+    """
+    if draw not in DRAWS:
+        raise OptionError(unknown("init", draw, DRAWS))
+    nn.init.zeros_(head.u.weight)
+    v = head.to_factor("v", head.v.weight)  # (R, N), or (B, R, N)
+    rank, columns = v.shape[-2:]
+    if draw == "orthogonal":
+        drawn = torch.randn(*v.shape[:-2], columns, rank, generator=generator)
+        new = torch.linalg.qr(drawn)[0].mT * (columns / rank) ** 0.5
+    elif draw == "normal" or isinstance(head, LowRankEmbedding):
+        std = 1.0 if draw == "kaiming" else columns**-0.5
+        new = torch.randn(v.shape, generator=generator) * std
+    else:
+        new = (torch.rand(v.shape, generator=generator) * 2 - 1) * columns**-0.5
+    head.v.weight.copy_(head.from_factor("v", _as(new, head.v.weight)))
+
+
+def _as(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.device, like.dtype)
