@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import rankwise
 from rankwise import accounting, surgery
 from rankwise.candidates import survey
+from rankwise.closing import to_dense
 from rankwise.errors import FactorizeError, PlanError, SelectionError
 from rankwise.followers import give_structure, inside
 from rankwise.layers import LowRankLinear, OpenAttention
@@ -21,7 +22,6 @@ from rankwise.optim.rebind import rebind
 from rankwise.ranks import factorize, plan
 from rankwise.selection import select
 from rankwise.structure import impose_plan, read_plan
-from rankwise.surgery import to_dense
 
 E, H = 16, 4
 

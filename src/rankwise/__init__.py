@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankwise import errors, layers, linalg, ranks
     from rankwise.checkpoint import load, methods_state, restore_methods, save, states_by_weight
+    from rankwise.closing import to_dense
     from rankwise.method import Change, Context, Method
     from rankwise.methods import (
+        LTE,
         METHODS,
         SIFD,
         Apollo,
@@ -23,8 +25,11 @@ if TYPE_CHECKING:
         Frugal,
         GaLore,
         LDAdam,
+        LoRA,
+        LoRAPlus,
         Pufferfish,
         QGaLore,
+        ReLoRA,
         Tracked,
     )
     from rankwise.optim.decay import frobenius_decay_
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
     from rankwise.ranks import Plan, factorize, plan
     from rankwise.run import Run, start
     from rankwise.structure import impose_plan, read_plan
-    from rankwise.surgery import to_dense
+    from rankwise.updates import adapt
 
 __version__ = "0.1.0"
 
@@ -57,8 +62,12 @@ _HOME = {
     "Frugal": "rankwise.methods",
     "GaLore": "rankwise.methods",
     "LDAdam": "rankwise.methods",
+    "LTE": "rankwise.methods",
+    "LoRA": "rankwise.methods",
+    "LoRAPlus": "rankwise.methods",
     "Pufferfish": "rankwise.methods",
     "QGaLore": "rankwise.methods",
+    "ReLoRA": "rankwise.methods",
     "SIFD": "rankwise.methods",
     "Tracked": "rankwise.methods",
     "frobenius_decay_": "rankwise.optim.decay",
@@ -68,6 +77,7 @@ _HOME = {
     "plan": "rankwise.ranks",
     "Run": "rankwise.run",
     "start": "rankwise.run",
+    "adapt": "rankwise.updates",
     "load": "rankwise.checkpoint",
     "methods_state": "rankwise.checkpoint",
     "restore_methods": "rankwise.checkpoint",
@@ -75,10 +85,11 @@ _HOME = {
     "states_by_weight": "rankwise.checkpoint",
     "impose_plan": "rankwise.structure",
     "read_plan": "rankwise.structure",
-    "to_dense": "rankwise.surgery",
+    "to_dense": "rankwise.closing",
 }
 
 __all__ = [
+    "LTE",
     "METHODS",
     "SIFD",
     "Apollo",
@@ -94,12 +105,16 @@ __all__ = [
     "Frugal",
     "GaLore",
     "LDAdam",
+    "LoRA",
+    "LoRAPlus",
     "Method",
     "Plan",
     "Pufferfish",
     "QGaLore",
+    "ReLoRA",
     "Run",
     "Tracked",
+    "adapt",
     "errors",
     "factorize",
     "frobenius_decay_",

@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from rankwise.errors import SelectionError
 from rankwise.layers import (
+    AdaptedLayer,
     Form,
     LowRankEmbedding,
     LowRankLayer,
@@ -263,6 +264,8 @@ def _adapted(model: nn.Module, name: str) -> str:
     owner = name
     while owner:
         owner = owner.rpartition(".")[0]
+        if isinstance(model.get_submodule(owner), AdaptedLayer):
+            return f"{owner} has a low-rank update; rankwise.to_dense(model) merges it"
         kinds = type(model.get_submodule(owner)).__mro__
         if any(c.__name__ == "BaseTunerLayer" and c.__module__.startswith("peft.") for c in kinds):
             return f"it belongs to the adapter {owner}; merge or unload the adapter first"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankwise import structure, surgery
+from rankwise import closing, structure, surgery
 from rankwise.errors import PlanError
 from rankwise.layers import KINDS, LowRankLayer, OpenAttention
 from rankwise.method import Carry
@@ -89,7 +89,7 @@ def give_structure(model: nn.Module, copy: nn.Module, changed: Iterable[str] | N
             _fit(layer, model.get_submodule(name), layer)
     gone = [name for name in present if name not in plan]
     if gone:
-        surgery.to_dense(copy)
+        closing.to_dense(copy)
         give_structure(model, copy)
 
 

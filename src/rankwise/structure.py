@@ -10,7 +10,16 @@ from torch import nn
 
 from rankwise.candidates import Candidate, survey
 from rankwise.errors import FactorizeError, PlanError, nearest, unknown
-from rankwise.layers import KINDS, Form, LowRankLayer, OpenAttention, low_rank_class
+from rankwise.layers import (
+    KINDS,
+    AdaptedLayer,
+    Form,
+    LowRankLayer,
+    OpenAttention,
+    adapted_layers,
+    low_rank_class,
+    low_rank_layers,
+)
 from rankwise.method import Change
 from rankwise.surgery import change_ranks, factorize_layers, open_attentions, whole_or_not
 
@@ -23,8 +32,13 @@ def read_plan(model: nn.Module) -> dict[str, Spec]:
 
     An opened attention comes before the layers in it.
     """
-    kinds = (LowRankLayer, OpenAttention)
-    return {n: m.spec() for n, m in model.named_modules() if isinstance(m, kinds)}
+    adapted, low_rank = adapted_layers(model), low_rank_layers(model)
+    plan = {}
+    for name, module in model.named_modules():
+        if name in adapted or name in low_rank or isinstance(module, OpenAttention):
+            ours: Any = module
+            plan[name] = ours.spec()
+    return plan
 
 
 @torch.no_grad()
@@ -76,11 +90,16 @@ def _factorize(model: nn.Module, specs: Mapping[str, Spec]) -> Change:
         for other in candidates[name].tied:
             _check_twins(name, spec, other, specs.get(other, spec))
 
-    def make(name: str, dense: nn.Module, stand_in: type[LowRankLayer], rank: int) -> LowRankLayer:
-        chosen = KINDS[specs[name]["kind"]]
+    def make(
+        name: str, dense: nn.Module, stand_in: type[LowRankLayer], rank: int
+    ) -> LowRankLayer | AdaptedLayer:
+        chosen = KINDS[_kind_of_product(specs[name])]
         if chosen not in [low_rank_class(dense, form) for form in _FORMS]:
             raise PlanError(f"the plan asks for {specs[name]}; this builds {stand_in.kind!r}")
-        layer = chosen.from_spec(dense, specs[name])
+        if specs[name]["kind"] == AdaptedLayer.kind:
+            layer = AdaptedLayer.from_spec(dense, specs[name], chosen)
+        else:
+            layer = chosen.from_spec(dense, specs[name])
         if layer.spec() != specs[name]:
             raise PlanError(f"the plan asks for {specs[name]}; this builds {layer.spec()}")
         return layer
@@ -91,8 +110,21 @@ def _factorize(model: nn.Module, specs: Mapping[str, Spec]) -> Change:
         raise PlanError(f"the plan is of another model: {error}") from error
 
 
+def _kind_of_product(spec: Mapping[str, Any]) -> str:
+    """The kind of the low-rank layer, or of an update's heads."""
+    return spec["of"] if spec["kind"] == AdaptedLayer.kind else spec["kind"]
+
+
 _LAYER = {"kind": str, "shape": (list, tuple), "rank": int, "norm": bool}
 _ATTENTION = {"kind": str, "shape": (list, tuple), "heads": int, "fused": bool}
+_UPDATE = {
+    "of": str,
+    "heads": int,
+    "scale": (int, float),
+    "anchored": bool,
+    "dropout": (int, float),
+    "dtype": str,
+}
 _EXAMPLES: dict[str, Spec] = {
     "layer": {"kind": "linear", "shape": [64, 32], "rank": 8, "norm": False},
     "attention": {"kind": "attention", "shape": [64, 64, 64], "heads": 4, "fused": False},
@@ -112,6 +144,10 @@ def _read_spec(name: str, spec: Any) -> Spec:
             )
     if attention:
         return {**spec, "shape": list(spec["shape"])}
+    if spec["kind"] == AdaptedLayer.kind:
+        for field, kinds in _UPDATE.items():
+            if not isinstance(spec.get(field), kinds):
+                raise PlanError(f"{name}: the update's {field} is {spec.get(field, 'missing')!r}")
     # Structures saved before there were cores and blocks name neither.
     spec = {"core": False, "blocks": 1, **spec, "shape": list(spec["shape"])}
     if not isinstance(spec["core"], bool) or type(spec["blocks"]) is not int:
@@ -145,8 +181,9 @@ def _check_twins(name: str, spec: Spec, other: str, theirs: Spec) -> None:
 
 
 def _check_spec(name: str, spec: Mapping[str, Any], candidates: Mapping[str, Candidate]) -> None:
-    if spec["kind"] not in KINDS:
-        raise PlanError(f"{name}: {unknown('kind of layer', spec['kind'], KINDS)}")
+    kind = _kind_of_product(spec)
+    if kind not in KINDS:
+        raise PlanError(f"{name}: {unknown('kind of layer', kind, KINDS)}")
     if name not in candidates:
         known = nearest(name, candidates) or candidates
         raise PlanError(f"the plan is of another model: {unknown('layer', name, known)}")

@@ -23,7 +23,13 @@ from rankwise.errors import (
     nearest,
     unknown,
 )
-from rankwise.layers import Form, LowRankLayer, OpenAttention, low_rank_class
+from rankwise.layers import (
+    AdaptedLayer,
+    Form,
+    LowRankLayer,
+    OpenAttention,
+    low_rank_class,
+)
 from rankwise.layers.attention import RowCarry
 from rankwise.method import NO_CHANGE, Carry, Change, Successors, merge
 
@@ -31,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
+
+_OURS = (LowRankLayer, AdaptedLayer, OpenAttention)
 
 
 def names_of(model: nn.Module, module: nn.Module) -> list[str]:
@@ -57,7 +65,7 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     for alias in names_of(model, old):
         parent, _, leaf = alias.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
-        if isinstance(new, (LowRankLayer, OpenAttention)):
+        if isinstance(new, _OURS):
             _leave_fast_path(model, alias)
 
 
@@ -96,7 +104,8 @@ def _leave_fast_path(model: nn.Module, name: str) -> None:
                 setattr(module, switch, False)
 
 
-def _return_to_fast_path(model: nn.Module) -> None:
+def return_to_fast_path(model: nn.Module) -> None:
+    """Let torch's fused encoder kernels run again where `replace` had turned them off."""
     for module in model.modules():
         for switch, value in module.__dict__.pop(_KEPT, {}).items():
             setattr(module, switch, value)
@@ -142,14 +151,15 @@ def whole_or_not(model: nn.Module, change: Change) -> Iterator[None]:
     except BaseException:
         if change:
             _put_back(model, change)
-            _return_to_fast_path(model)
+            return_to_fast_path(model)
             for name, module in model.named_modules(remove_duplicate=False):
-                if isinstance(module, (LowRankLayer, OpenAttention)):
+                if isinstance(module, _OURS):
                     _leave_fast_path(model, name)
         raise
 
 
-Make = Callable[[str, nn.Module, type[Any], int], LowRankLayer]
+New = LowRankLayer | AdaptedLayer
+Make = Callable[[str, nn.Module, type[Any], int], New]
 
 
 def factorize_layers(
@@ -245,9 +255,9 @@ def open_attentions(model: nn.Module, fused: Mapping[str, bool]) -> Change:
 
 def _make_all(
     model: nn.Module, ranks: Mapping[str, int], make: Make, form: Form | None
-) -> dict[str, LowRankLayer]:
-    made: dict[Parameter, LowRankLayer] = {}
-    new: dict[str, LowRankLayer] = {}
+) -> dict[str, New]:
+    made: dict[Parameter, New] = {}
+    new: dict[str, New] = {}
     # Of a head and an embedding the latter knows of padding, so it makes the factors of both.
     order = sorted(ranks, key=lambda n: not isinstance(model.get_submodule(n), nn.Embedding))
     for name in order:
@@ -257,23 +267,19 @@ def _make_all(
         twin = made.get(dense.weight)
         try:
             if twin is None:
-                layer = make(name, dense, stand_in, ranks[name])
-                made[dense.weight] = layer
+                layer = made[dense.weight] = make(name, dense, stand_in, ranks[name])
             else:
-                layer = stand_in.from_spec(dense, twin.spec())
-                layer.v, layer.norm, layer.core = twin.v, twin.norm, twin.core
-                layer.u.weight = twin.u.weight
+                layer = twin.for_tied(dense, stand_in)
         except RankwiseError as error:
             raise type(error)(f"{name} {tuple(dense.weight.shape)}: {error}") from error
         new[name] = layer
     return {name: new[name] for name in ranks}
 
 
-def _exchange(model: nn.Module, name: str, layer: LowRankLayer) -> Change:
+def _exchange(model: nn.Module, name: str, layer: New) -> Change:
     dense: Any = model.get_submodule(name)
     replace(model, name, layer)
-    successors = Successors(layer.new_parameters(), layer.moments())
-    return Change(replaced={dense.weight: successors}, modules={name: (dense, layer)})
+    return layer.taken_from(dense) | Change(modules={name: (dense, layer)})
 
 
 Fill = Callable[[str, Any, Any], Mapping[str, Carry]]
@@ -323,62 +329,3 @@ def change_ranks(model: nn.Module, ranks: Mapping[str, int], fill: Fill | None =
         for part in old.parts:
             _move_hooks(getattr(old, part), getattr(new, part))
     return Change(replaced=replaced, modules=exchanged)
-
-
-def to_dense(model: nn.Module) -> Change:
-    """Multiply every low-rank layer out and close every attention: the same function.
-
-    Optimizer moments do not survive (a product has no unique counterpart of its factors').
-
-    Raises:
-        SelectionError: the model itself is the low-rank layer.
-    """
-    made: dict[Parameter, Any] = {}
-    changes = [NO_CHANGE]
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLayer)}
-    for name, layer in layers.items():
-        if not name:
-            raise SelectionError("the model itself is the low-rank layer; call its to_dense()")
-        dense = layer.to_dense()
-        twin = made.setdefault(layer.u.weight, dense)
-        replace(model, name, dense)
-        changes.append(
-            Change(
-                replaced=_return(layer, dense, with_weight=twin is dense),
-                modules={name: (layer, dense)},
-            )
-        )
-        dense.weight = twin.weight
-    for name, module in list(model.named_modules()):
-        if isinstance(module, OpenAttention):
-            changes.append(_close(model, name, module))
-    _return_to_fast_path(model)
-    return merge(changes)
-
-
-def _close(model: nn.Module, name: str, opened: OpenAttention) -> Change:
-    if not name:
-        raise SelectionError("the model itself is the opened attention; call its close()")
-    closed = opened.close()
-    replace(model, name, closed)
-    replaced: dict[Parameter, Successors] = {}
-    for packed, (first, *others) in opened.parts(closed).items():
-        replaced[first] = Successors((packed,))
-        replaced |= {part: Successors(()) for part in others}
-    return Change(replaced=replaced, modules={name: (opened, closed)})
-
-
-def _return(layer: LowRankLayer, dense: Any, *, with_weight: bool) -> dict[Parameter, Successors]:
-    """Whom the factors' and the bias's places go to; a twin's factors have theirs already."""
-    replaced: dict[Parameter, Successors] = {}
-    bias: Any = getattr(dense, "bias", None)
-    new_bias: tuple[Any, ...] = () if bias is layer.u.bias else (bias,)
-    if new_bias and layer.u.bias is not None:
-        replaced[layer.u.bias], new_bias = Successors(new_bias), ()
-    gone = layer.new_parameters()
-    if with_weight:
-        replaced[gone[0]] = Successors((dense.weight, *new_bias))
-        replaced |= {p: Successors(()) for p in gone[1:]}
-    elif new_bias:
-        replaced[gone[-1]] = Successors(new_bias)
-    return replaced

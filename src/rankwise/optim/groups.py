@@ -27,14 +27,23 @@ def open_roles(optimizer: Optimizer, roles: Mapping[str, Mapping[str, Any]]) -> 
     for role, options in roles.items():
         for index, group in originals:
             if f"{index}:{role}" in present:
-                present[f"{index}:{role}"].update(options)
+                present[f"{index}:{role}"].update(_overrides(group, options))
                 continue
             twin = {k: v for k, v in group.items() if k not in ("params", "param_names")}
             # A learning rate kept as a tensor is stepped in place: twins must not share it.
             twin = {k: v.clone() if isinstance(v, Tensor) else v for k, v in twin.items()}
             names = {"param_names": []} if "param_names" in group else {}
             label = {ROLE: f"{index}:{role}"}
-            optimizer.add_param_group({**twin, **options, **names, **label, "params": []})
+            own = _overrides(group, options)
+            optimizer.add_param_group({**twin, **own, **names, **label, "params": []})
+
+
+def _overrides(group: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a role says of its twin of a group; a function is asked with the group's own value."""
+    own = {k: v(group[k]) if callable(v) else v for k, v in options.items()}
+    if callable(options.get("lr")) and "initial_lr" in group:  # of a scheduler that is gone
+        own["initial_lr"] = options["lr"](group["initial_lr"])
+    return own
 
 
 def held_by(optimizer: Optimizer, parameters: Iterable[Parameter]) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from rankwise.errors import OptionError
-from rankwise.layers import LowRankLayer
+from rankwise.layers import LowRankLayer, low_rank_layers
 from rankwise.linalg import working_dtype
 
 
@@ -58,8 +58,8 @@ def layer_products(model: nn.Module) -> list[Product]:
         OptionError: a BatchNorm between the factors.
     """
     found: dict[Parameter, Product] = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LowRankLayer) or layer.u.weight in found:
+    for name, layer in low_rank_layers(model).items():
+        if layer.u.weight in found:
             continue
         if layer.norm is not None:
             raise OptionError(

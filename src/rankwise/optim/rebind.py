@@ -131,6 +131,8 @@ class _Places:
     def insert(self, anchor: Parameter, new: Successors, *, keep: bool) -> bool:
         """Put `new` at (or, keeping it, behind) the anchor; False where the anchor is not held."""
         group = self.group_of.get(anchor)
+        if group is None and new.anywhere:
+            group = next(g for g in self.groups if ROLE not in g)
         if group is None:
             return False
         inherits = new.role is None or ROLE in group
@@ -140,11 +142,9 @@ class _Places:
         fresh = [
             p for p in new.parameters if p not in self.group_of and (p.requires_grad or frozen)
         ]
-        at = _index(group, anchor)
-        if target is group:
-            at += 1
-        else:
-            at = len(target["params"])
+        at = len(target["params"])
+        if target is group and anchor in self.group_of:
+            at = _index(group, anchor) + 1
         target["params"][at:at] = fresh
         self.group_of |= dict.fromkeys(fresh, target)
         if not keep:
@@ -253,15 +253,16 @@ def carry_state(
 
 
 @torch.no_grad()
-def forget_moments_(state: Mapping[str, Any], keep: float) -> int:
-    """Zero all but the `keep` fraction of a parameter's moments, largest first moments surviving.
+def forget_moments_(state: Mapping[str, Any], keep: float | Tensor) -> int:
+    """Zero all but a part of a parameter's moments.
 
     One mask serves every moment: pruning each by its own magnitude leaves entries with m != 0 and
     v == 0, which Adam turns into a step of m / eps.
 
     Args:
         state: one parameter's optimizer state, edited in place.
-        keep: fraction of entries, 0 ... 1.
+        keep: fraction of entries, 0 ... 1, the largest first moments surviving; or a mask of the
+            parameter's shape, True where they survive.
 
     Returns:
         The number of entries set to zero, over all moments.
@@ -271,12 +272,17 @@ def forget_moments_(state: Mapping[str, Any], keep: float) -> int:
         for key, value in state.items()
         if STATE_KINDS.get(key) in ("first", "second") and isinstance(value, Tensor)
     ]
-    if not moments or keep >= 1:
+    if not moments or (not isinstance(keep, Tensor) and keep >= 1):
         return 0
-    size = moments[0].abs().flatten()
-    kept = math.floor(keep * size.numel())
-    mask = torch.zeros_like(size, dtype=torch.bool)
-    mask[size.topk(kept).indices] = True
+    mask = keep if isinstance(keep, Tensor) else _largest(moments[0], keep)
+    mask = mask.to(moments[0].device).view_as(moments[0])
     for moment in moments:
-        moment.mul_(mask.view_as(moment))
-    return (size.numel() - kept) * len(moments)
+        moment.mul_(mask)
+    return int((~mask).sum()) * len(moments)
+
+
+def _largest(moment: Tensor, fraction: float) -> Tensor:
+    size = moment.abs().flatten()
+    mask = torch.zeros_like(size, dtype=torch.bool)
+    mask[size.topk(math.floor(fraction * size.numel())).indices] = True
+    return mask

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from rankwise import accounting, selection
-from rankwise.layers import Form, LowRankLayer
+from rankwise.layers import Form, LowRankLayer, low_rank_layers
 from rankwise.layers.separable import LowRankSeparableConv2d
 from rankwise.ranks.plan import LayerPlan, Others, Plan
 from rankwise.ranks.shape import MatrixShape
@@ -33,7 +33,7 @@ def present(model: nn.Module) -> Plan:
     total = accounting.parameters(model)
     lines, first = [], {}
     stored = trainable = 0
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLayer)}
+    layers = low_rank_layers(model)
     for name, layer in layers.items():
         twin = first.setdefault(id(layer.u.weight), name)
         line = _line(name, layer, "" if twin == name else twin)

@@ -26,7 +26,7 @@ from rankwise.errors import (
     nearest,
     unknown,
 )
-from rankwise.layers import LowRankLayer
+from rankwise.layers import LowRankLayer, low_rank_layers
 from rankwise.method import NO_CHANGE, Carry, Change
 from rankwise.ranks import estimators
 
@@ -238,7 +238,7 @@ class _Home:
 
 def _homes(model: nn.Module) -> dict[str, _Home]:
     """The low-rank layers of a model, those that share their factors as one: first name -> all."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLayer)}
+    layers = low_rank_layers(model)
     if not layers:
         raise SelectionError(
             f"{type(model).__name__} holds no low-rank layer to shrink; factorize() makes them"

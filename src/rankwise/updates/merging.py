@@ -1,0 +1,47 @@
+"""Fold open updates into the weights, without losing small ones in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from rankwise.layers import AdaptedLayer
+from rankwise.optim.projected.rounding import stochastic_
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def merge_(
+    layers: Mapping[str, AdaptedLayer],
+    generator: torch.Generator,
+    *,
+    rounding: str = "stochastic",
+    updates: Mapping[str, Tensor] | None = None,
+) -> None:
+    """W <- W + open update, in float32; weights that layers share are written once.
+
+    The heads stay as they are: `anchor_` or `restart_` them, or the update counts twice.
+
+    Args:
+        layers: name -> adapted layer.
+        generator: of stochastic rounding.
+        rounding: of half-precision weights, "stochastic" (right in the mean, however small the
+            update) or "nearest".
+        updates: what to add instead of each layer's own open update.
+    """
+    written: set[Parameter] = set()
+    for name, layer in layers.items():
+        weight = layer.base.weight
+        if weight in written:
+            continue
+        written.add(weight)
+        update = layer.open_update() if updates is None else updates[name]
+        exact = update.add_(weight)
+        if rounding == "stochastic" and weight.dtype in _HALF:
+            stochastic_(weight, exact.float(), generator)
+        else:
+            weight.copy_(exact)
