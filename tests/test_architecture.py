@@ -18,17 +18,7 @@ LAYERS = (
     ("models", "data", "accounting", "reports"),
     ("method", "linalg", "handle", "distributed", "sharding"),
     ("layers",),
-    (
-        "candidates",
-        "surgery",
-        "closing",
-        "structure",
-        "updates",
-        "selection",
-        "ranks",
-        "optim",
-        "followers",
-    ),
+    ("candidates", "surgery", "structure", "selection", "ranks", "optim", "followers"),
     ("methods",),
     (
         "run",
