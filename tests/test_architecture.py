@@ -18,7 +18,17 @@ LAYERS = (
     ("models", "data", "accounting", "reports"),
     ("method", "linalg", "handle", "distributed", "sharding"),
     ("layers",),
-    ("candidates", "surgery", "structure", "selection", "ranks", "optim", "followers"),
+    (
+        "candidates",
+        "surgery",
+        "closing",
+        "structure",
+        "updates",
+        "selection",
+        "ranks",
+        "optim",
+        "followers",
+    ),
     ("methods",),
     (
         "run",

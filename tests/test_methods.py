@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 import rankwise
 from rankwise.errors import SelectionError
-from rankwise.layers import LowRankLayer
+from rankwise.layers import LowRankLayer, adapted_layers
 from rankwise.method import Method
 from rankwise.methods import METHODS
 from rankwise.options import build
@@ -46,10 +46,20 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "ldadam": [{"rank": 4}],
     "qgalore": [{"rank": 4, "every": 2}],
     "tracked": [{"rank": 4}, {"rank": 4, "residual": True}],
+    "lora": [{"rank": 4, "others": "all"}, {"rank": 2, "rslora": True, "layers": "*"}],
+    "lora-plus": [{"ratio": 4.0}],
+    "lte": [
+        {"rank": 2, "heads": 4, "alpha": 8.0, "merge_every": 3},
+        {"rank": 2, "heads": 3, "alpha": 8.0, "mode": "sequential", "layers": "*"},
+    ],
     "pufferfish": [
         {"ranks": 4, "warmup_steps": 5},
         {"ranks": 4, "warmup_steps": 5, "norm": True},
         {"ranks": 4, "warmup_steps": 5, "lr_factor": 0.5, "layers": "*"},
+    ],
+    "relora": [
+        {"rank": 4, "restart_every": 4, "restart_warmup": 2, "reset": "magnitude"},
+        {"rank": 4, "warmup_steps": 3, "restart_every": 3, "restart_warmup": 1},
     ],
     "sifd": [
         {"ranks": 4},
@@ -59,7 +69,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 # Methods that need another one's low-rank weights: who stands before them.
 BESIDE: dict[str, Callable[[], Method]] = {
-    "factor-decay": lambda: rankwise.Pufferfish(ranks=4, warmup_steps=5)
+    "factor-decay": lambda: rankwise.Pufferfish(ranks=4, warmup_steps=5),
+    "lora-plus": lambda: rankwise.LoRA(rank=4, others="all"),
 }
 CASES = [(name, options) for name, rows in SETTINGS.items() for options in rows]
 IDS = [f"{n}-{'-'.join(f'{k}={v}' for k, v in o.items()) or 'default'}" for n, o in CASES]
@@ -185,7 +196,11 @@ def test_parameters_are_as_the_plan_predicted(case: Any) -> None:
     train(run, range(STEPS))
     if run.plan is None:
         names = set(run.methods[-1].parameter_names(model).values())
-        assert case[0] == "dense" or "twice.weight.projected" in names
+        adapted = adapted_layers(model)
+        assert case[0] == "dense" or "twice.weight.projected" in names or "twice" in adapted
+        assert not adapted or isinstance(model.twice, type(adapted["twice"]))
+        assert model.again is model.twice
+        run.finish()  # merges updates
         assert sum(p.numel() for p in model.parameters()) == sum(
             p.numel() for p in blocks().parameters()
         )
@@ -259,7 +274,12 @@ def test_a_low_rank_teacher_is_approached(case: Any) -> None:
 
 
 def test_micro_batches_equal_one_batch(case: Any) -> None:
-    """Exceptions by definition: BatchNorm, so the perceptron without one; not the extra norm."""
+    """Exceptions by definition: BatchNorm, so the perceptron without one; not the extra norm.
+
+    And parallel heads, each of which sees a chunk of every micro-batch.
+    """
+    if case[0] == "lte" and "mode" not in case[1]:
+        pytest.skip("a head's examples follow from the size of the batch: by definition")
     if case[1].get("norm"):
         pytest.skip(
             "batch statistics of parts are not those of the whole: an exception by definition"
@@ -304,7 +324,10 @@ def test_learning_rate_is_continuous_or_changed_by_the_declared_factor(case: Any
     if "compat" in case[1]:  # warms up again, as published: tests/methods/test_cuttlefish.py
         used, at = used[:at], STEPS
         assert used
-    assert used == ([0.02] * at + [0.02 * factor] * (STEPS - at))[: len(used)]
+    expected = ([0.02] * at + [0.02 * factor] * (STEPS - at))[: len(used)]
+    if case[0] == "relora":  # a ramp behind every merge: tests/methods/test_relora.py
+        expected = [0.02 * run.methods[0].lr_scale(step) for step in range(1, STEPS + 1)]
+    assert used == expected
 
 
 def test_state_is_tensors_and_numbers(case: Any, tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fira": {"rank": 2, "every": 3},
     "frugal": {"rank": 2, "every": 3},
     "galore": {"rank": 2, "every": 3},
+    "lora": {"rank": 2, "others": "all", "dropout": 0.1},
+    "lora-plus": {"ratio": 2.0},
+    "lte": {"rank": 2, "heads": 4, "alpha": 4.0, "merge_every": 2},
+    "relora": {"rank": 2, "warmup_steps": SWITCH, "restart_every": 3, "restart_warmup": 2},
     "qgalore": {"rank": 2, "every": 3},
 }
 
@@ -138,7 +142,8 @@ def assert_ends_alike(resumed: Session, whole: Session) -> None:
 
 def methods_of(name: str) -> list[Method]:
     """A method with what it needs beside it."""
-    beside = ["pufferfish"] if "low-rank weights" in METHODS[name].needs else []
+    stands = {"low-rank weights": "pufferfish", "low-rank updates": "lora"}
+    beside = [stands[feature] for feature in METHODS[name].needs]
     return [METHODS[each](**OPTIONS[each]) for each in (*beside, name)]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rankwise import surgery
+from rankwise.closing import to_dense
 from rankwise.errors import FactorizeError, OptionError, PlanError, SelectionError
 from rankwise.followers import give_structure, inside
 from rankwise.layers import LowRankConv2d, LowRankLinear
@@ -20,7 +21,6 @@ from rankwise.method import Change
 from rankwise.ranks import Ratio, factorize, plan, present
 from rankwise.selection import select, survey
 from rankwise.structure import impose_plan, read_plan
-from rankwise.surgery import to_dense
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -40,18 +40,18 @@ class EventLog:
         """Record a change that the optimizer has followed: sizes, moments, and what is given.
 
         An exchange of low-rank layers for others is of the kind "ranks", with every layer's old
-        and new one.
+        and new one; a change of values alone is of the kind "merge".
         """
         stored = accounting.parameters(model).stored
         event: dict[str, Any] = {
             "event": kind,
-            # Attentions and recurrent layers that were opened come with the layers in them.
-            "layers": sum(isinstance(new, LowRankLayer) for _, new in change.modules.values())
-            or len(change.modules),
+            "layers": len(change.modules),
             "parameters": [stored - change.growth(), stored],
             "moments": {**vars(moments), "unknown": list(moments.unknown)},
             "running_statistics": accounting.running_statistics(model),
         }
+        if not change.structural:
+            event["event"] = "merge"
         pairs = change.modules.values()
         if pairs and all(isinstance(m, LowRankLayer) for pair in pairs for m in pair):
             ranks = {name: [a.rank, b.rank] for name, (a, b) in change.modules.items()}

@@ -61,12 +61,14 @@ class Successors:
     """The parameters that take another one's place in the optimizer.
 
     `role` names an extra parameter group that the method declared (`Method.roles`); None keeps
-    them in the group of their predecessor.
+    them in the group of their predecessor. `anywhere` lets parameters that are added join the
+    first group if the optimizer does not hold the one that they stand behind.
     """
 
     parameters: tuple[Parameter, ...]
     carry: Carry | None = None
     role: str | None = None
+    anywhere: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +79,8 @@ class Change:
         replaced: parameter that left the model -> the parameters that stand for it now.
         added: parameter that stays -> new ones that join the optimizer right behind it.
         frozen: parameters that stay in the model but leave the optimizer.
-        rewritten: parameters whose values were overwritten -> fraction of the moments to keep.
+        rewritten: parameters whose values were overwritten -> which of their moments to keep: a
+            fraction (the largest), or True where a mask of the parameter's shape says so.
         modules: name -> (old module, new module), for every structural exchange.
         notes: what the record of the run should say (numbers and strings only).
     """
@@ -85,7 +88,7 @@ class Change:
     replaced: Mapping[Parameter, Successors] = field(default_factory=dict)
     added: Mapping[Parameter, Successors] = field(default_factory=dict)
     frozen: tuple[Parameter, ...] = ()
-    rewritten: Mapping[Parameter, float] = field(default_factory=dict)
+    rewritten: Mapping[Parameter, float | Tensor] = field(default_factory=dict)
     modules: Mapping[str, tuple[nn.Module, nn.Module]] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -238,13 +241,15 @@ class Method:
 
     def choice(self) -> dict[str, Any]:
         """The layer choice among this method's options, as `rankwise.plan` takes it."""
-        names = ("layers", "exclude", "keep_first", "keep_last")
-        names += ("norm", "core", "separable", "split")
+        names = ("layers", "exclude", "keep_first", "keep_last", "norm", "core", "separable")
         options = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return {**options, "trace": self.context.trace}
 
     def roles(self) -> Mapping[str, Mapping[str, Any]]:
-        """Extra parameter groups: role -> options that differ from the group they stem from."""
+        """Extra parameter groups: role -> options that differ from the group they stem from.
+
+        A value may be a function of that group's own: a rate that is a multiple of its rate, say.
+        """
         return {}
 
     def prepare(self, model: nn.Module) -> Change:

@@ -12,29 +12,33 @@ from rankwise.candidates import Candidate, survey
 from rankwise.errors import FactorizeError, PlanError, nearest, unknown
 from rankwise.layers import (
     KINDS,
-    RECURRENT,
+    AdaptedLayer,
     Form,
     LowRankLayer,
     OpenAttention,
-    OpenRecurrent,
+    adapted_layers,
     low_rank_class,
-    recurrent_class,
+    low_rank_layers,
 )
 from rankwise.method import Change
-from rankwise.surgery import change_ranks, factorize_layers, open_homes, whole_or_not
+from rankwise.surgery import change_ranks, factorize_layers, open_attentions, whole_or_not
 
 Spec = dict[str, Any]
-HOMES = (OpenAttention.kind, *RECURRENT)
 _FORMS = (Form(), Form(separable=True))
 
 
 def read_plan(model: nn.Module) -> dict[str, Spec]:
-    """The structure of a model: name -> spec of its low-rank layer or opened home; JSON-able.
+    """The structure of a model: name -> spec of its low-rank layer or opened attention; JSON-able.
 
-    An attention or recurrent layer that is opened comes before the layers in it.
+    An opened attention comes before the layers in it.
     """
-    kinds = (LowRankLayer, OpenAttention, OpenRecurrent)
-    return {n: m.spec() for n, m in model.named_modules() if isinstance(m, kinds)}
+    adapted, low_rank = adapted_layers(model), low_rank_layers(model)
+    plan = {}
+    for name, module in model.named_modules():
+        if name in adapted or name in low_rank or isinstance(module, OpenAttention):
+            ours: Any = module
+            plan[name] = ours.spec()
+    return plan
 
 
 @torch.no_grad()
@@ -63,12 +67,10 @@ def impose_plan(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> Chan
             f"{extra[0]} is low-rank in the model but dense in the plan; build it dense"
         )
     missing = {name: spec for name, spec in wanted.items() if name not in present}
-    shut = {n: spec.get("fused", False) for n, spec in missing.items() if spec["kind"] in HOMES}
+    shut = {n: spec["fused"] for n, spec in missing.items() if spec["kind"] == OpenAttention.kind}
     for name in shut:
-        spec = missing.pop(name)
-        check = _check_recurrent if spec["kind"] in RECURRENT else _check_attention
-        check(model, name, spec)
-    opened = open_homes(model, shut)
+        _check_attention(model, name, missing.pop(name))
+    opened = open_attentions(model, shut)
     with whole_or_not(model, opened):
         made = opened | _factorize(model, missing)
     with whole_or_not(model, made):
@@ -88,11 +90,16 @@ def _factorize(model: nn.Module, specs: Mapping[str, Spec]) -> Change:
         for other in candidates[name].tied:
             _check_twins(name, spec, other, specs.get(other, spec))
 
-    def make(name: str, dense: nn.Module, stand_in: type[LowRankLayer], rank: int) -> LowRankLayer:
-        chosen = KINDS[specs[name]["kind"]]
+    def make(
+        name: str, dense: nn.Module, stand_in: type[LowRankLayer], rank: int
+    ) -> LowRankLayer | AdaptedLayer:
+        chosen = KINDS[_kind_of_product(specs[name])]
         if chosen not in [low_rank_class(dense, form) for form in _FORMS]:
             raise PlanError(f"the plan asks for {specs[name]}; this builds {stand_in.kind!r}")
-        layer = chosen.from_spec(dense, specs[name])
+        if specs[name]["kind"] == AdaptedLayer.kind:
+            layer = AdaptedLayer.from_spec(dense, specs[name], chosen)
+        else:
+            layer = chosen.from_spec(dense, specs[name])
         if layer.spec() != specs[name]:
             raise PlanError(f"the plan asks for {specs[name]}; this builds {layer.spec()}")
         return layer
@@ -103,33 +110,44 @@ def _factorize(model: nn.Module, specs: Mapping[str, Spec]) -> Change:
         raise PlanError(f"the plan is of another model: {error}") from error
 
 
+def _kind_of_product(spec: Mapping[str, Any]) -> str:
+    """The kind of the low-rank layer, or of an update's heads."""
+    return spec["of"] if spec["kind"] == AdaptedLayer.kind else spec["kind"]
+
+
 _LAYER = {"kind": str, "shape": (list, tuple), "rank": int, "norm": bool}
 _ATTENTION = {"kind": str, "shape": (list, tuple), "heads": int, "fused": bool}
-_RECURRENT = {"kind": str, "shape": (list, tuple), "layers": int, "bidirectional": bool}
+_UPDATE = {
+    "of": str,
+    "heads": int,
+    "scale": (int, float),
+    "anchored": bool,
+    "dropout": (int, float),
+    "dtype": str,
+}
 _EXAMPLES: dict[str, Spec] = {
     "layer": {"kind": "linear", "shape": [64, 32], "rank": 8, "norm": False},
     "attention": {"kind": "attention", "shape": [64, 64, 64], "heads": 4, "fused": False},
-    "recurrent": {"kind": "lstm", "shape": [32, 64, 0], "layers": 2, "bidirectional": False},
 }
 
 
 def _read_spec(name: str, spec: Any) -> Spec:
-    kind = spec.get("kind") if isinstance(spec, Mapping) else None
-    form = "attention" if kind == OpenAttention.kind else "layer"
-    form = "recurrent" if kind in list(RECURRENT) else form
-    fields: dict[str, Any] = {"attention": _ATTENTION, "recurrent": _RECURRENT, "layer": _LAYER}[
-        form
-    ]
+    attention = isinstance(spec, Mapping) and spec.get("kind") == OpenAttention.kind
+    fields: dict[str, Any] = _ATTENTION if attention else _LAYER
     if not isinstance(spec, Mapping):
         raise PlanError(f"{name}: a spec maps {', '.join(fields)} to values; this is {spec!r}")
     for field, kinds in fields.items():
         if not isinstance(spec.get(field), kinds) or (kinds is int and spec[field] is True):
             raise PlanError(
                 f"{name}: the spec's {field} is {spec.get(field, 'missing')!r}; a spec looks like "
-                f"{_EXAMPLES[form]}"
+                f"{_EXAMPLES['attention' if attention else 'layer']}"
             )
-    if form != "layer":
+    if attention:
         return {**spec, "shape": list(spec["shape"])}
+    if spec["kind"] == AdaptedLayer.kind:
+        for field, kinds in _UPDATE.items():
+            if not isinstance(spec.get(field), kinds):
+                raise PlanError(f"{name}: the update's {field} is {spec.get(field, 'missing')!r}")
     # Structures saved before there were cores and blocks name neither.
     spec = {"core": False, "blocks": 1, **spec, "shape": list(spec["shape"])}
     if not isinstance(spec["core"], bool) or type(spec["blocks"]) is not int:
@@ -153,18 +171,6 @@ def _check_attention(model: nn.Module, name: str, spec: Spec) -> None:
         raise PlanError(f"{name}: its projections have different widths; they cannot be fused")
 
 
-def _check_recurrent(model: nn.Module, name: str, spec: Spec) -> None:
-    modules = {n: m for n, m in model.named_modules() if n}
-    kind = None if name not in modules else recurrent_class(modules[name])
-    if kind is None:
-        known = [n for n, m in modules.items() if recurrent_class(m) is not None]
-        wrong = unknown("recurrent layer", name, nearest(name, known) or known)
-        raise PlanError(f"the plan is of another model: {wrong}")
-    own = kind.like(modules[name]).spec()
-    if own != spec:
-        raise PlanError(f"the plan is of another model: {name} is {own} here, {spec} there")
-
-
 def _check_twins(name: str, spec: Spec, other: str, theirs: Spec) -> None:
     for field in ("rank", "norm", "core", "blocks"):
         if spec[field] != theirs[field]:
@@ -175,8 +181,9 @@ def _check_twins(name: str, spec: Spec, other: str, theirs: Spec) -> None:
 
 
 def _check_spec(name: str, spec: Mapping[str, Any], candidates: Mapping[str, Candidate]) -> None:
-    if spec["kind"] not in KINDS:
-        raise PlanError(f"{name}: {unknown('kind of layer', spec['kind'], KINDS)}")
+    kind = _kind_of_product(spec)
+    if kind not in KINDS:
+        raise PlanError(f"{name}: {unknown('kind of layer', kind, KINDS)}")
     if name not in candidates:
         known = nearest(name, candidates) or candidates
         raise PlanError(f"the plan is of another model: {unknown('layer', name, known)}")

@@ -24,12 +24,11 @@ from rankwise.errors import (
     unknown,
 )
 from rankwise.layers import (
+    AdaptedLayer,
     Form,
     LowRankLayer,
     OpenAttention,
-    OpenRecurrent,
     low_rank_class,
-    recurrent_class,
 )
 from rankwise.layers.attention import RowCarry
 from rankwise.method import NO_CHANGE, Carry, Change, Successors, merge
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
+
+_OURS = (LowRankLayer, AdaptedLayer, OpenAttention)
 
 
 def names_of(model: nn.Module, module: nn.Module) -> list[str]:
@@ -64,7 +65,7 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     for alias in names_of(model, old):
         parent, _, leaf = alias.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
-        if isinstance(new, (LowRankLayer, OpenAttention)):
+        if isinstance(new, _OURS):
             _leave_fast_path(model, alias)
 
 
@@ -103,7 +104,8 @@ def _leave_fast_path(model: nn.Module, name: str) -> None:
                 setattr(module, switch, False)
 
 
-def _return_to_fast_path(model: nn.Module) -> None:
+def return_to_fast_path(model: nn.Module) -> None:
+    """Let torch's fused encoder kernels run again where `replace` had turned them off."""
     for module in model.modules():
         for switch, value in module.__dict__.pop(_KEPT, {}).items():
             setattr(module, switch, value)
@@ -149,14 +151,15 @@ def whole_or_not(model: nn.Module, change: Change) -> Iterator[None]:
     except BaseException:
         if change:
             _put_back(model, change)
-            _return_to_fast_path(model)
+            return_to_fast_path(model)
             for name, module in model.named_modules(remove_duplicate=False):
-                if isinstance(module, (LowRankLayer, OpenAttention)):
+                if isinstance(module, _OURS):
                     _leave_fast_path(model, name)
         raise
 
 
-Make = Callable[[str, nn.Module, type[Any], int], LowRankLayer]
+New = LowRankLayer | AdaptedLayer
+Make = Callable[[str, nn.Module, type[Any], int], New]
 
 
 def factorize_layers(
@@ -164,8 +167,8 @@ def factorize_layers(
 ) -> Change:
     """Replace each named layer by what `make(name, dense, class, rank)` returns for it.
 
-    Attentions and recurrent layers whose matrices are named are opened first. Of layers that share
-    a weight, one is made; the others get its factors.
+    Attentions whose projections are named are opened first. Of layers that share a weight, one is
+    made; the others get its factors.
 
     Args:
         model: changed in place; as before if this fails.
@@ -182,7 +185,7 @@ def factorize_layers(
     ranks = _by_first_name(model, ranks, candidates)
     for name in ranks:
         _check_named(name, ranks, candidates)
-    opened = open_homes(model, _to_open(ranks, candidates))
+    opened = open_attentions(model, _to_open(ranks, candidates))
     with whole_or_not(model, opened):
         new = _make_all(model, ranks, make, form)
     return merge([opened, *(_exchange(model, name, layer) for name, layer in new.items())])
@@ -225,44 +228,36 @@ def _check_named(name: str, ranks: Mapping[str, int], candidates: Mapping[str, C
 
 
 def _to_open(ranks: Iterable[str], candidates: Mapping[str, Candidate]) -> dict[str, bool]:
-    """Homes of named layers; of attentions, whether their input projections are one matrix."""
-    homes = {candidates[name].home for name in ranks} - {""}
+    """Attentions that hold a named layer, and whether their input projections are one matrix."""
+    homes = {candidates[name].attention for name in ranks} - {""}
     return {home: f"{home}.in_proj" in candidates for home in sorted(homes)}
 
 
-def open_homes(model: nn.Module, fused: Mapping[str, bool]) -> Change:
-    """Give every named nn.MultiheadAttention, nn.LSTM or nn.GRU matrices that are layers.
-
-    The function stays. An attention's packed weight is cut; a recurrent layer's parameters are its
-    children's as they are.
+def open_attentions(model: nn.Module, fused: Mapping[str, bool]) -> Change:
+    """Give every named nn.MultiheadAttention projections that are layers; the function stays.
 
     Args:
         model: changed in place.
-        fused: name -> whether queries, keys and values of an attention are projected by one layer.
+        fused: name -> whether queries, keys and values are projected by one layer.
     """
     changes = [NO_CHANGE]
     for name, one in fused.items():
-        shut = model.get_submodule(name)
-        recurrent = recurrent_class(shut)
-        opened = OpenAttention.of(shut, fused=one) if recurrent is None else recurrent.of(shut)
+        attention = model.get_submodule(name)
+        opened = OpenAttention.of(attention, fused=one)
         replace(model, name, opened)
         replaced = {
             old: Successors(new, RowCarry(tuple(len(p) for p in new)))
-            for old, new in _cut(opened, shut).items()
+            for old, new in opened.parts(attention).items()
         }
-        changes.append(Change(replaced=replaced, modules={name: (shut, opened)}))
+        changes.append(Change(replaced=replaced, modules={name: (attention, opened)}))
     return merge(changes)
-
-
-def _cut(opened: Any, shut: Any) -> Mapping[Parameter, tuple[Parameter, ...]]:
-    return opened.parts(shut) if isinstance(opened, OpenAttention) else {}
 
 
 def _make_all(
     model: nn.Module, ranks: Mapping[str, int], make: Make, form: Form | None
-) -> dict[str, LowRankLayer]:
-    made: dict[Parameter, LowRankLayer] = {}
-    new: dict[str, LowRankLayer] = {}
+) -> dict[str, New]:
+    made: dict[Parameter, New] = {}
+    new: dict[str, New] = {}
     # Of a head and an embedding the latter knows of padding, so it makes the factors of both.
     order = sorted(ranks, key=lambda n: not isinstance(model.get_submodule(n), nn.Embedding))
     for name in order:
@@ -272,23 +267,19 @@ def _make_all(
         twin = made.get(dense.weight)
         try:
             if twin is None:
-                layer = make(name, dense, stand_in, ranks[name])
-                made[dense.weight] = layer
+                layer = made[dense.weight] = make(name, dense, stand_in, ranks[name])
             else:
-                layer = stand_in.from_spec(dense, twin.spec())
-                layer.v, layer.norm, layer.core = twin.v, twin.norm, twin.core
-                layer.u.weight = twin.u.weight
+                layer = twin.for_tied(dense, stand_in)
         except RankwiseError as error:
             raise type(error)(f"{name} {tuple(dense.weight.shape)}: {error}") from error
         new[name] = layer
     return {name: new[name] for name in ranks}
 
 
-def _exchange(model: nn.Module, name: str, layer: LowRankLayer) -> Change:
+def _exchange(model: nn.Module, name: str, layer: New) -> Change:
     dense: Any = model.get_submodule(name)
     replace(model, name, layer)
-    successors = Successors(layer.new_parameters(), layer.moments())
-    return Change(replaced={dense.weight: successors}, modules={name: (dense, layer)})
+    return layer.taken_from(dense) | Change(modules={name: (dense, layer)})
 
 
 Fill = Callable[[str, Any, Any], Mapping[str, Carry]]
@@ -338,62 +329,3 @@ def change_ranks(model: nn.Module, ranks: Mapping[str, int], fill: Fill | None =
         for part in old.parts:
             _move_hooks(getattr(old, part), getattr(new, part))
     return Change(replaced=replaced, modules=exchanged)
-
-
-def to_dense(model: nn.Module) -> Change:
-    """Multiply every low-rank layer out, close attentions and recurrent layers: same function.
-
-    Optimizer moments do not survive (a product has no unique counterpart of its factors').
-
-    Raises:
-        SelectionError: the model itself is the low-rank layer.
-    """
-    made: dict[Parameter, Any] = {}
-    changes = [NO_CHANGE]
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLayer)}
-    for name, layer in layers.items():
-        if not name:
-            raise SelectionError("the model itself is the low-rank layer; call its to_dense()")
-        dense = layer.to_dense()
-        twin = made.setdefault(layer.u.weight, dense)
-        replace(model, name, dense)
-        changes.append(
-            Change(
-                replaced=_return(layer, dense, with_weight=twin is dense),
-                modules={name: (layer, dense)},
-            )
-        )
-        dense.weight = twin.weight
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (OpenAttention, OpenRecurrent)):
-            changes.append(_close(model, name, module))
-    _return_to_fast_path(model)
-    return merge(changes)
-
-
-def _close(model: nn.Module, name: str, opened: OpenAttention | OpenRecurrent) -> Change:
-    if not name:
-        raise SelectionError(f"the model itself is the opened {opened.kind}; call its close()")
-    closed = opened.close()
-    replace(model, name, closed)
-    replaced: dict[Parameter, Successors] = {}
-    for packed, (first, *others) in _cut(opened, closed).items():
-        replaced[first] = Successors((packed,))
-        replaced |= {part: Successors(()) for part in others}
-    return Change(replaced=replaced, modules={name: (opened, closed)})
-
-
-def _return(layer: LowRankLayer, dense: Any, *, with_weight: bool) -> dict[Parameter, Successors]:
-    """Whom the factors' and the bias's places go to; a twin's factors have theirs already."""
-    replaced: dict[Parameter, Successors] = {}
-    bias: Any = getattr(dense, "bias", None)
-    new_bias: tuple[Any, ...] = () if bias is layer.u.bias else (bias,)
-    if new_bias and layer.u.bias is not None:
-        replaced[layer.u.bias], new_bias = Successors(new_bias), ()
-    gone = layer.new_parameters()
-    if with_weight:
-        replaced[gone[0]] = Successors((dense.weight, *new_bias))
-        replaced |= {p: Successors(()) for p in gone[1:]}
-    elif new_bias:
-        replaced[gone[-1]] = Successors(new_bias)
-    return replaced

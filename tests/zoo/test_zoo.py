@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rankwise import accounting, candidates, ranks, surgery
+from rankwise import accounting, candidates, closing, ranks
 from rankwise.errors import SelectionError
 from rankwise.layers import LowRankLayer
 from rankwise.structure import impose_plan, read_plan
@@ -126,7 +126,7 @@ def test_a_quarter_trains_as_planned_and_comes_back(architecture, layers):
     impose_plan(fresh, json.loads(json.dumps(read_plan(network))))
     fresh.load_state_dict(_saved(network))
     check_same(outputs(fresh, sample, training=False), trained, rounding=0)
-    surgery.to_dense(network)
+    closing.to_dense(network)
     assert kinds(network) == dense
     assert accounting.parameters(network).stored == before
     check_same(outputs(network, sample, training=False), trained)

@@ -14,8 +14,12 @@ from rankwise.methods.fira import Fira
 from rankwise.methods.frugal import Frugal
 from rankwise.methods.galore import GaLore
 from rankwise.methods.ldadam import LDAdam
+from rankwise.methods.lora import LoRA
+from rankwise.methods.lora_plus import LoRAPlus
+from rankwise.methods.lte import LTE
 from rankwise.methods.pufferfish import Pufferfish
 from rankwise.methods.qgalore import QGaLore
+from rankwise.methods.relora import ReLoRA
 from rankwise.methods.sifd import SIFD
 from rankwise.methods.tracked import Tracked
 
@@ -31,13 +35,18 @@ METHODS: dict[str, type[Method]] = {
     "frugal": Frugal,
     "galore": GaLore,
     "ldadam": LDAdam,
+    "lora": LoRA,
+    "lora-plus": LoRAPlus,
+    "lte": LTE,
     "pufferfish": Pufferfish,
     "qgalore": QGaLore,
+    "relora": ReLoRA,
     "sifd": SIFD,
     "tracked": Tracked,
 }
 
 __all__ = [
+    "LTE",
     "METHODS",
     "SIFD",
     "Apollo",
@@ -51,7 +60,10 @@ __all__ = [
     "Frugal",
     "GaLore",
     "LDAdam",
+    "LoRA",
+    "LoRAPlus",
     "Pufferfish",
     "QGaLore",
+    "ReLoRA",
     "Tracked",
 ]
