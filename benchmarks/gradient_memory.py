@@ -70,7 +70,7 @@ class Live(TorchDispatchMode):
 
     def add(self, tensor: Tensor, kind: str | None = None) -> None:
         """Count a storage from now on; a `kind` given later moves it there."""
-        if type(tensor) is not Tensor and not isinstance(tensor, nn.Parameter):
+        if type(tensor) not in (Tensor, nn.Parameter):
             tensors = _inside(tensor)
             if tensors is not None:
                 for part in tensors:
@@ -119,6 +119,7 @@ class Side:
         options: of the method.
         per_layer: step each weight in backward (the published program's second form).
         bits: of the base optimizer's states.
+        weight_bits: of the projected weights; Q-GaLore's bases then have 4.
         gradients: what is accumulated of a projected matrix: the "small" gradient, the "dense"
             one (residual methods project it at the first look, as clipping takes), or "sketch":
             the small one and as many numbers as the basis has.
@@ -128,6 +129,7 @@ class Side:
     options: Mapping[str, Any]
     per_layer: bool = False
     bits: int = 32
+    weight_bits: int | None = None
     gradients: str = "small"
 
 
@@ -138,6 +140,9 @@ SIDES = {
     "GaLore": Side("galore", {"every": 200}),
     "GaLore, embedding and head too": Side("galore", {"every": 200, "layers": "*.weight"}),
     "GaLore, 8-bit base": Side("galore", {"every": 200}, bits=8),
+    "Q-GaLore, 8-bit weights and base": Side(
+        "qgalore", {"every": 200, "weight_bits": 8}, bits=8, weight_bits=8
+    ),
     "APOLLO": Side("apollo", {"every": 200}, gradients="dense"),
     "Fira": Side("fira", {"every": 200}, gradients="dense"),
     "tracked": Side("tracked", {}, gradients="sketch"),
@@ -183,6 +188,7 @@ class Training:
             self.run = rankwise.start(self.model, method, optimizer, sample=sample)
             self.optimizers = [optimizer]
         for parameter in self.model.parameters():
+            live.add(parameter, "weights")  # those in 8 bits are new
             parameter.register_post_accumulate_grad_hook(self._tag_gradient)
 
     def _peer(self) -> None:
@@ -246,6 +252,8 @@ class Training:
             for method in self.run.methods:
                 for tensor in _tensors(method.state_dict()):
                     self.live.add(tensor, "states")
+        for parameter in self.model.parameters():
+            self.live.add(parameter, "weights")
 
 
 def predicted(model: nn.Module, side: Side) -> dict[str, int]:
@@ -256,10 +264,13 @@ def predicted(model: nn.Module, side: Side) -> dict[str, int]:
         chosen = {n: rank for n, p in model.named_parameters() if p.dim() == 2}
     ranks = None if side.method == "dense" else chosen
     state_bytes = 4 if side.bits == 32 else 1 + 4 / 256
-    whole = accounting.memory(model, ranks=ranks, state_bytes=state_bytes)
+    sizes: dict[str, Any] = {"state_bytes": state_bytes}
+    if side.weight_bits == 8:
+        sizes |= {"weight_bytes": 1 + 4 / 256, "basis_bytes": 0.5}
+    whole = accounting.memory(model, ranks=ranks, **sizes)
     if ranks is None:
         return {"weights": whole.weights, "gradients": whole.gradients, "states": whole.states}
-    only = accounting.memory(model, ranks=ranks, state_bytes=state_bytes, only=True)
+    only = accounting.memory(model, ranks=ranks, only=True, **sizes)
     dense = accounting.memory(model, ranks=dict.fromkeys(ranks, 10**9), only=True)
     more = {
         "small": 0,

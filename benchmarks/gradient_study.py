@@ -80,6 +80,8 @@ ROWS = {
     "Fira": Row("fira", _rates(1.6e-2), GALORE),
     "APOLLO": Row("apollo", _rates(8e-3), GALORE),
     "LDAdam": Row("ldadam", _rates(4e-3), {"rank": RANK}),
+    "Q-GaLore": Row("qgalore", _rates(1.6e-2), GALORE),
+    "Q-GaLore, 8-bit weights": Row("qgalore", _rates(1.6e-2), {**GALORE, "weight_bits": 8}),
     "tracked": Row("tracked", _rates(1.6e-2), {"rank": RANK}),
     "tracked, residual": Row("tracked", _rates(1.6e-2), {"rank": RANK, "residual": True}),
 }
@@ -143,7 +145,10 @@ class Trainer:
 def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    items = value.values() if isinstance(value, Mapping) else value
+    # A projected matrix's own "weight", stored in 8 bits, is no state beside it.
+    items = (
+        [v for key, v in value.items() if key != "weight"] if isinstance(value, Mapping) else value
+    )
     if isinstance(value, (Mapping, list, tuple)):
         return [tensor for item in items for tensor in _tensors(item)]
     return []

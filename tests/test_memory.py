@@ -127,7 +127,7 @@ def test_what_is_not_trained_or_shared_counts_once_or_not_at_all():
         ({"ranks": {"0.bias": 1}}, "0.bias of shape (4,) at rank 1: only a matrix or kernel"),
         ({"ranks": {"0.weight": 0}}, "0.weight of shape (4, 6) at rank 0"),
         ({"states": -1}, "states=-1"),
-        ({"state_bytes": -1.0}, "state_bytes=-1.0; neither may be negative"),
+        ({"state_bytes": -1.0}, "state_bytes=-1.0 must not be negative"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(how, words):

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from rankwise import __version__, composition, distributed, sharding, storage
 from rankwise.errors import CheckpointError, LifeCycleError, unknown
 from rankwise.method import Method
+from rankwise.optim.projected.int8 import decode_all
 from rankwise.optim.projected.states import weights_in_place_of_proxies
 from rankwise.structure import read_plan
 
@@ -163,7 +164,7 @@ def save(
     failure = "it stopped while saving"
     try:
         if distributed.worker() == 0:
-            weights, progress = content or (run.bare.state_dict(), run.state_dict())
+            weights, progress = content or (decode_all(run.bare.state_dict()), run.state_dict())
             state = {"run": progress, "extra": dict(extra or {}), "random": states}
             storage.write(final, weights, state, _describe(run, state))
             storage.prune(final, keep)

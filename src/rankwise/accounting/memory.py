@@ -9,9 +9,6 @@ from torch import nn
 
 from rankwise.errors import OptionError
 
-# Bases are kept in float32 at least, whatever the weights are stored in.
-_BASIS_BYTES = 4
-
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -56,6 +53,8 @@ def memory(
     *,
     states: int = 2,
     state_bytes: float | None = None,
+    weight_bytes: float | None = None,
+    basis_bytes: float = 4,
     ranks: Mapping[str, int] | None = None,
     only: bool = False,
 ) -> Memory:
@@ -72,22 +71,28 @@ def memory(
         states: numbers that the optimizer keeps for each of a gradient: Adam 2, momentum 1.
         state_bytes: bytes of each; by default those of the weight's own dtype. Optimizers with 8
             bits a number keep a scale per block besides: with blocks of 256, 1 + 4 / 256.
+        weight_bytes: bytes of each number of a projected matrix; by default those of its dtype.
+            Stored in 8 bits with a scale per block of 256 (Q-GaLore, 2407.08296), 1 + 4 / 256.
+        basis_bytes: bytes of each number of a basis: 4, or half a byte for codes of 4 bits.
         ranks: name of a projected parameter -> its rank; a kernel counts as (out, in * k * k).
         only: count the parameters in `ranks` alone.
 
     Raises:
         OptionError: a name in `ranks` that is no parameter with two dimensions, a rank below 1, or
-            a negative number of states.
+            a negative number of states or bytes.
     """
     wanted = dict(ranks or {})
-    if states < 0 or (state_bytes is not None and state_bytes < 0):
-        raise OptionError(f"states={states}, state_bytes={state_bytes}; neither may be negative")
+    sizes = {"states": states, "state_bytes": state_bytes, "weight_bytes": weight_bytes}
+    for name, value in {**sizes, "basis_bytes": basis_bytes}.items():
+        if value is not None and value < 0:
+            raise OptionError(f"{name}={value} must not be negative")
+    each = _Bytes(state_bytes, weight_bytes, basis_bytes)
     total = dict.fromkeys(Memory.__dataclass_fields__, 0)
     for name, parameter in model.named_parameters():
         rank = wanted.pop(name, None)
         if only and rank is None:
             continue
-        for part, count in vars(_of(name, parameter, states, state_bytes, rank)).items():
+        for part, count in vars(_of(name, parameter, states, each, rank)).items():
             previous = total[part]
             total[part] = max(previous, count) if part == "largest_gradient" else previous + count
     if wanted:
@@ -96,12 +101,17 @@ def memory(
     return Memory(**total)
 
 
+@dataclass(frozen=True)
+class _Bytes:
+    """Of one number; None: as in the parameter."""
+
+    state: float | None
+    weight: float | None
+    basis: float
+
+
 def _of(
-    name: str,
-    parameter: nn.Parameter,
-    states: int,
-    state_bytes: float | None,
-    rank: int | None,
+    name: str, parameter: nn.Parameter, states: int, number: _Bytes, rank: int | None
 ) -> Memory:
     size, each = parameter.numel(), parameter.element_size()
     if not parameter.requires_grad:
@@ -117,11 +127,13 @@ def _of(
         short, long = sorted((rows, size // rows))
         if rank < short:
             kept, basis = rank * long, rank * short
+    stored = each if rank is None or number.weight is None else number.weight
     return Memory(
-        weights=size * each,
+        weights=round(size * stored),
         gradients=kept * each,
-        states=round(states * kept * (each if state_bytes is None else state_bytes)),
-        bases=basis * max(_BASIS_BYTES, each),
+        states=round(states * kept * (each if number.state is None else number.state)),
+        # Bases of float32 are of the weight's dtype if that is wider.
+        bases=round(basis * (number.basis if number.basis < 4 else max(number.basis, each))),
         proxies=0 if rank is None else kept * each,
         largest_gradient=0 if rank is None else size * each,
     )

@@ -49,6 +49,7 @@ class Choices:
             least this; None for a fixed period.
         bits: of a stored basis, 4 or 8; None for float32.
         rounding: of half-precision weights, "nearest", "stochastic" or "compensated".
+        weight_bits: of the projected weights while training, 8; None leaves them as they are.
     """
 
     rank: float = 128
@@ -63,6 +64,7 @@ class Choices:
     lazy: float | None = None
     bits: int | None = None
     rounding: str = "nearest"
+    weight_bits: int | None = None
 
     def __post_init__(self) -> None:
         as_rank(self.rank)

@@ -18,6 +18,7 @@ from rankwise.errors import LifeCycleError, OptionError
 from rankwise.method import Change, Context, Successors
 from rankwise.optim.projected.choices import Choices
 from rankwise.optim.projected.gradient import LowRankGrad
+from rankwise.optim.projected.int8 import Int8Storage, Int8Weight
 from rankwise.optim.projected.matrix import ProjectedMatrix
 from rankwise.optim.projected.probe import inside_compiled_code
 from rankwise.optim.projected.reduction import WorkerMean
@@ -51,6 +52,8 @@ class ProjectedGradients:
         context: Context,
     ) -> None:
         self.choices, self.context = choices, context
+        self.stored = Int8Storage(model, weights) if choices.weight_bits == 8 else None
+        weights = weights if self.stored is None else self.stored.weights
         self.bases = Bases(choices, context)
         self.matrices = {
             name: ProjectedMatrix(
@@ -81,8 +84,11 @@ class ProjectedGradients:
     def begin(self) -> Change:
         """The proxies take the weights' places in the optimizer; the model keeps the weights."""
         pairs = [(m.weight, m.proxy) for m in self.matrices.values()]
+        stored = {} if self.stored is None else self.stored.take_replaced()
         return Change(
-            added={w: Successors((p,)) for w, p in pairs}, frozen=tuple(w for w, _ in pairs)
+            replaced={old: Successors((new,)) for old, new in stored.items()},
+            added={w: Successors((p,)) for w, p in pairs},
+            frozen=tuple(w for w, _ in pairs),
         )
 
     def parameter_names(self) -> dict[Parameter, str]:
@@ -142,7 +148,8 @@ class ProjectedGradients:
     def finalize(self) -> Change:
         """The weights take their places in the optimizer again; nothing watches gradients."""
         self.release()
-        pairs = [(m.weight, m.proxy) for m in self.matrices.values()]
+        floats = {} if self.stored is None else self.stored.decode()
+        pairs = [(floats.get(m.weight, m.weight), m.proxy) for m in self.matrices.values()]
         return Change(
             added={p: Successors((w,)) for w, p in pairs}, frozen=tuple(p for _, p in pairs)
         )
@@ -216,14 +223,7 @@ class ProjectedGradients:
         group, weight = self.bases.options(matrix), matrix.local(matrix.weight.data)
         rate = self.bases.learning_rate(matrix)
         decay = float(group.get("weight_decay") or 0.0) if self.bases.decoupled(matrix) else 0.0
-        exact = self.choices.rounding != "nearest" and weight.dtype in _HALF
-        in_place = not exact and (weight.dim() == 2 or weight.is_contiguous())
-        target = weight.flatten(1) if in_place else weight.flatten(1).clone()
-        if exact:
-            target = target.float()
-            lost = matrix.memory.get("lost")
-            if lost is not None:
-                target.add_(lost)
+        target = self._target(matrix, weight)
         self.choices.update.apply(
             Step(
                 matrix=matrix,
@@ -236,19 +236,34 @@ class ProjectedGradients:
                 total=self.bases.total(matrix),
             )
         )
-        if not in_place:
-            self._write(matrix, weight, target.view(weight.shape), exact)
+        self._write(matrix, weight, target)
 
-    def _write(self, matrix: ProjectedMatrix, weight: Tensor, target: Tensor, exact: bool) -> None:
-        if not exact:
-            weight.copy_(target)
+    def _target(self, matrix: ProjectedMatrix, weight: Tensor) -> Tensor:
+        """The weight as a matrix (M, N) to be changed: itself, or a copy to be written back."""
+        if isinstance(weight, Int8Weight):
+            return weight.decoded().flatten(1).float()
+        if self._rounds(weight):
+            target = weight.flatten(1).float()
+            lost = matrix.memory.get("lost")
+            return target if lost is None else target.add_(lost)
+        return weight.flatten(1)  # a copy of channels-last kernels
+
+    def _rounds(self, weight: Tensor) -> bool:
+        return self.choices.rounding != "nearest" and weight.dtype in _HALF
+
+    def _write(self, matrix: ProjectedMatrix, weight: Tensor, target: Tensor) -> None:
+        generator = self.context.generator
+        if isinstance(weight, Int8Weight):
+            weight.write_(target.view(weight.shape), generator(self.bases.step + 1, matrix.name))
+        elif not self._rounds(weight):
+            if target.data_ptr() != weight.data_ptr():
+                weight.copy_(target.view(weight.shape))
         elif self.choices.rounding == "stochastic":
-            stochastic_(weight, target, self.context.generator(self.bases.step + 1, matrix.name))
+            target = target.view(weight.shape)
+            stochastic_(weight, target, generator(self.bases.step + 1, matrix.name))
         else:
-            lost = matrix.memory.setdefault(
-                "lost", torch.zeros_like(target, dtype=weight.dtype).flatten(1)
-            )
-            compensated_(weight, target, lost.view(target.shape))
+            lost = matrix.memory.setdefault("lost", torch.zeros_like(target, dtype=weight.dtype))
+            compensated_(weight, target.view(weight.shape), lost.view(weight.shape))
 
 
 def _side(choices: Choices, name: str, weight: Parameter) -> str:

@@ -58,6 +58,12 @@ def rounding() -> Any:
     return option("nearest", "of half-precision weights", choices=ROUNDINGS)
 
 
+def weight_bits() -> Any:
+    """Whether the weights themselves are stored in few bits while training."""
+    meaning = "of the projected weights while training: 8; none as they are"
+    return option(None, meaning, at_least=8, at_most=8)
+
+
 def layers() -> Any:
     """Whose gradients are projected."""
     return option("auto", "which weights: auto, or globs over names, comma between")

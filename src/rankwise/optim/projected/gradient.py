@@ -216,7 +216,7 @@ class LowRankGrad(torch.Tensor):
                 first.full.copy_(other)
             first.seen = None
             return first
-        if _writes_low_rank(func, args, kwargs):
+        if tree_any(lambda x: isinstance(x, LowRankGrad), writes(func, args, kwargs)):
             raise LifeCycleError(_refusal(func, args, kwargs))
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
 
@@ -249,15 +249,14 @@ def _is_plain(value: Any, like: Tensor) -> bool:
     )
 
 
-def _writes_low_rank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    # Lists count as well: foreach functions on lifted copies would be silent no-ops.
+def writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Which arguments an operation writes into; lists too: foreach functions write theirs."""
     given = [*args, *(kwargs.get(a.name) for a in func._schema.arguments[len(args) :])]
-    written = [
+    return [
         value
         for spec, value in zip(func._schema.arguments, given, strict=False)
         if spec.alias_info is not None and spec.alias_info.is_write
     ]
-    return tree_any(lambda x: isinstance(x, LowRankGrad), written)
 
 
 def _refusal(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

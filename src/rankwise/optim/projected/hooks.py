@@ -43,7 +43,7 @@ def projected(cls: M) -> M:
         """Leave a run that could not be started: nothing watches gradients any more."""
         engine: ProjectedGradients | None = getattr(self, "engine", None)
         if engine is not None:
-            engine.release()
+            engine.finalize()
         Method.detach(self)
 
     def before_step(self: Any, model: nn.Module, step: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rankwise import sharding
 from rankwise.linalg import working_dtype
 from rankwise.optim.projected.gradient import LowRankGrad, Proxy
+from rankwise.optim.projected.int8 import Int8Weight
 from rankwise.optim.projected.subspace import LowBitBasis
 
 SIDES = ("short", "left", "right", "both")
@@ -317,6 +318,7 @@ class ProjectedMatrix:
             "failures": self.failures,
             "failing": self.failing,
             "similar": list(self.similar),
+            "weight": self.weight.parts() if isinstance(self.weight, Int8Weight) else [],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -338,3 +340,7 @@ class ProjectedMatrix:
         self.next_refresh, self.period = int(state_dict["next_refresh"]), int(state_dict["period"])
         self.failures, self.failing = int(state_dict["failures"]), bool(state_dict["failing"])
         self.similar = [float(s) for s in state_dict["similar"]]
+        if isinstance(self.weight, Int8Weight):
+            # Empty if the saved run had floats: then those that were loaded are encoded.
+            for part, saved in zip(self.weight.parts(), state_dict["weight"], strict=False):
+                part.copy_(saved)
