@@ -2,336 +2,41 @@
 
     python benchmarks/gradient_study.py --data text:FILE [--rows NAME ...] [--record FILE.jsonl]
 
-A small LLaMA (width 128, 4 layers; `llama-tiny`) reads bytes in windows of 64. Every row is tuned
-by itself: learning rates a factor of 2 apart, on the validation split, with seed 0; the grid grows
-until its best value is not at its edge. Then the seeds 0, 1, 2 are trained at that rate, and their
-loss on the test split is the figure. Dense AdamW and torch's Muon are tuned the same way. All have
-the same windows in the same order, warm-up and cosine to zero, clipping at norm 1, no decay. Rank
-is a quarter of the width; where a basis is renewed now and then, it is every 50 steps.
-
-The record has a line a run. A second call goes on where it ends; with --table it only reads.
+How it is done stands in `language_study.py`. Rank is a quarter of the width; where a basis is
+renewed now and then, it is every 50 steps. Dense AdamW and torch's Muon are tuned the same way.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.optim import Optimizer
+from language_study import Row, main, rates
 
-import rankwise
-from rankwise import data, models
-from rankwise.methods import METHODS
-from rankwise.training import environment
-from rankwise.training.task import evaluate
-
-RESULTS = Path(__file__).parent / "results"
-SEEDS = (0, 1, 2)
-BATCH, CONTEXT, STEPS, WARMUP, RANK, EVERY = 8, 64, 400, 40, 32, 50
-VALIDATION_TOKENS = 65_536
-CURVE = 50  # steps that a point of the training curve is the mean of
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        method: of the registry, or "muon" for torch's Muon on the matrices.
-        options: of the method.
-        lr: the learning rates that tuning begins with.
-        others: factor on the rate of all but the blocks' matrices. GaLore's scale of 1/4 acts on
-            its matrices alone, so the other parameters move 4 times as far as under AdamW.
-    """
-
-    method: str
-    lr: tuple[float, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    others: float = 1.0
-
-
-def _rates(middle: float) -> tuple[float, ...]:
-    return (middle / 2, middle, middle * 2)
-
+RANK, EVERY = 32, 50
 
 GALORE = {"rank": RANK, "every": EVERY}
 ROWS = {
-    "AdamW": Row("dense", _rates(4e-3)),
-    "AdamW, the rest at 4 lr": Row("dense", _rates(4e-3), others=4.0),
-    "Muon": Row("muon", _rates(8e-3)),
+    "AdamW": Row("dense", rates(4e-3)),
+    "AdamW, the rest at 4 lr": Row("dense", rates(4e-3), others=4.0),
+    "Muon": Row("muon", rates(8e-3)),
     "GaLore, SVD": Row(
-        "galore", _rates(1.6e-2), {**GALORE, "basis": "svd", "moments": "keep", "stagger": False}
+        "galore", rates(1.6e-2), {**GALORE, "basis": "svd", "moments": "keep", "stagger": False}
     ),
-    "GaLore, warm iteration": Row("galore", _rates(1.6e-2), {**GALORE, "moments": "keep"}),
-    "GaLore, warm, rotated": Row("galore", _rates(1.6e-2), {**GALORE, "moments": "rotate"}),
-    "GaLore, random basis": Row("galore", _rates(1.6e-2), {**GALORE, "basis": "random"}),
-    "Fira": Row("fira", _rates(1.6e-2), GALORE),
-    "APOLLO": Row("apollo", _rates(8e-3), GALORE),
-    "LDAdam": Row("ldadam", _rates(4e-3), {"rank": RANK}),
-    "Q-GaLore": Row("qgalore", _rates(1.6e-2), GALORE),
-    "Q-GaLore, 8-bit weights": Row("qgalore", _rates(1.6e-2), {**GALORE, "weight_bits": 8}),
-    "tracked": Row("tracked", _rates(1.6e-2), {"rank": RANK}),
-    "tracked, residual": Row("tracked", _rates(1.6e-2), {"rank": RANK, "residual": True}),
+    "GaLore, warm iteration": Row("galore", rates(1.6e-2), {**GALORE, "moments": "keep"}),
+    "GaLore, warm, rotated": Row("galore", rates(1.6e-2), {**GALORE, "moments": "rotate"}),
+    "GaLore, random basis": Row("galore", rates(1.6e-2), {**GALORE, "basis": "random"}),
+    "Fira": Row("fira", rates(1.6e-2), GALORE),
+    "APOLLO": Row("apollo", rates(8e-3), GALORE),
+    "LDAdam": Row("ldadam", rates(4e-3), {"rank": RANK}),
+    "Q-GaLore": Row("qgalore", rates(1.6e-2), GALORE),
+    "Q-GaLore, 8-bit weights": Row("qgalore", rates(1.6e-2), {**GALORE, "weight_bits": 8}),
+    "tracked": Row("tracked", rates(1.6e-2), {"rank": RANK}),
+    "tracked, residual": Row("tracked", rates(1.6e-2), {"rank": RANK, "residual": True}),
 }
 
 
-def schedule(step: int) -> float:
-    """Factor on the rate at a step, from 0: a linear rise, then half a cosine to zero."""
-    if step < WARMUP:
-        return (step + 1) / WARMUP
-    return (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))) / 2
-
-
-def adamw(parameters: Any, lr: float) -> Optimizer:
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-
-
-class Trainer:
-    """A model with its row's optimizers, and what they need at every step."""
-
-    def __init__(self, row: Row, model: nn.Module, lr: float, seed: int) -> None:
-        self.model, self.lr = model, lr
-        self.run: rankwise.Run | None = None
-        inner = [p for n, p in model.named_parameters() if "blocks" in n and p.dim() == 2]
-        chosen = set(inner)
-        others = [p for p in model.parameters() if p not in chosen]
-        if row.method == "muon":
-            # Its update has the root mean square of AdamW's, so that one rate serves both.
-            muon = torch.optim.Muon(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-            self.optimizers: list[Optimizer] = [muon, adamw(others, lr)]
-            return
-        groups = [{"params": inner}, {"params": others, "gain": row.others}]
-        self.optimizers = [adamw(groups, lr)]
-        method = METHODS[row.method](**row.options)
-        sample = models.sample("llama-tiny", input_shape=(CONTEXT,))
-        self.run = rankwise.start(
-            model, method, self.optimizers[0], total_steps=STEPS, sample=sample, seed=seed
-        )
-
-    def step(self, number: int, inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * schedule(number) * group.get("gain", 1.0)
-        loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
-        loss.backward()
-        held = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(held, 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return float(loss.detach())
-
-    def state_numbers(self) -> int:
-        """Numbers that the optimizers and methods keep beside the weights."""
-        held = [v for o in self.optimizers for state in o.state.values() for v in state.values()]
-        kept = [t for t in held if isinstance(t, torch.Tensor) and t.dim() > 0]
-        if self.run is not None:
-            kept += [t for method in self.run.methods for t in _tensors(method.state_dict())]
-        return sum(t.numel() for t in kept)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    # A projected matrix's own "weight", stored in 8 bits, is no state beside it.
-    items = (
-        [v for key, v in value.items() if key != "weight"] if isinstance(value, Mapping) else value
-    )
-    if isinstance(value, (Mapping, list, tuple)):
-        return [tensor for item in items for tensor in _tensors(item)]
-    return []
-
-
-def train(row: Row, splits: data.TextSplits, lr: float, seed: int, steps: int) -> dict[str, Any]:
-    """One run; a loss above 20, or none at all, ends it early as diverged."""
-    began, cpu = time.perf_counter(), time.process_time()
-    torch.manual_seed(seed)
-    model = models.build("llama-tiny", classes=len(splits.classes), input_shape=(CONTEXT,))
-    trainer = Trainer(row, model, lr, seed)
-    losses: list[float] = []
-    per_epoch = data.steps_per_epoch(splits.train, BATCH)
-    while len(losses) < steps:
-        epoch, start = divmod(len(losses), per_epoch)
-        windows = data.batches(splits.train, batch_size=BATCH, seed=seed, epoch=epoch, start=start)
-        for inputs, targets in windows:
-            losses.append(trainer.step(len(losses), inputs, targets))
-            if len(losses) == steps or not losses[-1] < 20:
-                break
-        if not losses[-1] < 20:
-            break
-    diverged = len(losses) < steps
-    score = partial(evaluate, model, move=lambda x: x, precision=torch.no_grad, classes=256)
-    units = None if steps == STEPS else CONTEXT
-    validation = score(split=splits.validation, units=units or VALIDATION_TOKENS).loss
-    return {
-        "steps": len(losses),
-        "tokens": len(losses) * BATCH * CONTEXT,
-        "diverged": diverged,
-        "validation": None if diverged else validation,
-        "test": None if diverged else score(split=splits.test, units=units).loss,
-        "curve": [round(statistics.fmean(part), 4) for part in _parts(losses)],
-        "state_numbers": trainer.state_numbers(),
-        "seconds": round(time.perf_counter() - began, 1),
-        "cpu_seconds": round(time.process_time() - cpu, 1),
-    }
-
-
-def _parts(losses: Sequence[float]) -> list[Sequence[float]]:
-    return [losses[i : i + CURVE] for i in range(0, len(losses), CURVE)]
-
-
-class Record:
-    """The lines of a record, read at the start and added to after every run."""
-
-    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
-        self.path = path
-        self.runs: dict[tuple[str, float, int], dict[str, Any]] = {}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            entry = json.loads(line)
-            if "row" not in entry:
-                if entry["settings"] != facts["settings"]:
-                    raise SystemExit(
-                        f"{path} was made with other settings; choose another --record"
-                    )
-                continue
-            self.runs[entry["row"], entry["lr"], entry["seed"]] = entry
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(facts)
-
-    def _write(self, entry: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def get(self, name: str, lr: float, seed: int, run: Callable[[], dict[str, Any]]) -> float:
-        """Validation loss of a run: read, or trained and written down; infinite if it diverged."""
-        key = (name, lr, seed)
-        if key not in self.runs:
-            entry = {"row": name, "lr": lr, "seed": seed, **run()}
-            self._write(entry)
-            self.runs[key] = entry
-            print(f"{name:<24} lr {lr:<8g} seed {seed}  {entry['validation']}", flush=True)
-        found = self.runs[key]["validation"]
-        return math.inf if found is None else found
-
-
-def tune(
-    name: str,
-    row: Row,
-    record: Record,
-    run: Callable[[float, int], dict[str, Any]],
-    *,
-    grow: bool = True,
-) -> float:
-    """The best rate for seed 0, on a grid that grows until it is inside."""
-    grid = {lr: record.get(name, lr, 0, partial(run, lr, 0)) for lr in row.lr}
-    while True:
-        best = min(grid, key=lambda lr: grid[lr])
-        too_high = best == min(grid) or math.isinf(grid[best])  # where all diverged, say
-        beyond = min(grid) / 2 if too_high else best * 2 if best == max(grid) else None
-        if beyond is None or not grow:
-            return best
-        grid[beyond] = record.get(name, beyond, 0, partial(run, beyond, 0))
-
-
-def table(record: Record, names: Sequence[str]) -> None:
-    """Test loss over the seeds at each row's best rate, the difference to AdamW, and the grid."""
-    best = {name: _best(record, name) for name in names}
-    dense = {s: r["test"] for s in SEEDS if (r := _found(record, best, "AdamW", s))}
-    print(f"{'row':<24}{'lr':>9}{'test loss':>18}{'- AdamW':>18}{'state':>8}  validation by lr")
-    for name in names:
-        runs = [r for s in SEEDS if (r := _found(record, best, name, s))]
-        tested = [r["test"] for r in runs if r["test"] is not None]
-        if not tested:
-            continue
-        gaps = [r["test"] - dense[r["seed"]] for r in runs if r["seed"] in dense and r["test"]]
-        grid = sorted(
-            (lr, r["validation"]) for (n, lr, s), r in record.runs.items() if n == name and s == 0
-        )
-        shown = "  ".join(f"{lr:g}: {'-' if v is None else f'{v:.3f}'}" for lr, v in grid)
-        state = runs[0]["state_numbers"] / 1e6
-        figures = f"{_spread(tested):>18}{_spread(gaps):>18}{state:>7.2f}M"
-        print(f"{name:<24}{best[name]:>9g}{figures}  {shown}")
-
-
-def _best(record: Record, name: str) -> float | None:
-    found = {
-        lr: run["validation"]
-        for (row, lr, seed), run in record.runs.items()
-        if row == name and seed == 0 and run["validation"] is not None
-    }
-    return min(found, key=lambda lr: found[lr]) if found else None
-
-
-def _found(
-    record: Record, best: Mapping[str, float | None], name: str, seed: int
-) -> dict[str, Any] | None:
-    rate = best.get(name)
-    return None if rate is None else record.runs.get((name, rate, seed))
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
-
-
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", default="shakespeare", help="text:FILE, or shakespeare")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME")
-    parser.add_argument("--record", type=Path, default=RESULTS / "gradient_study.jsonl")
-    parser.add_argument("--table", action="store_true", help="show what is recorded, train nothing")
-    parser.add_argument("--smoke", action="store_true", help="few steps: seconds, not an hour")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    options = arguments(argv)
-    torch.set_num_threads(1)
-    splits = data.load_text(options.data, context=CONTEXT)
-    steps = 3 if options.smoke else STEPS
-    settings = {
-        "steps": steps,
-        "batch": BATCH,
-        "context": CONTEXT,
-        "checksum": splits.checksum,
-    }
-    facts = {
-        "settings": settings,
-        "data": splits.name,
-        "commit": environment.commit(),
-        "versions": environment.versions(),
-        "hardware": environment.hardware(torch.device("cpu"), 1),
-    }
-    record = Record(options.record, facts)
-    for name in () if options.table else options.rows:
-        row = ROWS[name]
-
-        def run(lr: float, seed: int, row: Row = row) -> dict[str, Any]:
-            return {"method": row.method, "options": dict(row.options)} | train(
-                row, splits, lr, seed, steps
-            )
-
-        best = tune(name, row, record, run, grow=not options.smoke)
-        for seed in SEEDS:
-            record.get(name, best, seed, partial(run, best, seed))
-    table(record, list(ROWS))
-    return 0
-
+run = partial(main, "gradient_study", ROWS, __doc__ or "")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())
