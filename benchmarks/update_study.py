@@ -14,7 +14,6 @@ are worth is the way between the two.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -23,12 +22,12 @@ from language_study import Row, main, rates
 BLOCKS = "blocks.*"
 
 
-def update(rank: int, **options: Any) -> Mapping[str, Any]:
+def update(rank: int, **options: Any) -> dict[str, Any]:
     """The options of an update of scale 2."""
     return {"rank": rank, "alpha": 2.0 * rank, "layers": BLOCKS, "others": "all", **options}
 
 
-def cycles(rank: int, **options: Any) -> Mapping[str, Any]:
+def cycles(rank: int, **options: Any) -> dict[str, Any]:
     """The options of ReLoRA: four cycles of 100 steps, or three behind a warm-start."""
     return update(rank, restart_every=100, restart_warmup=10, **options)
 

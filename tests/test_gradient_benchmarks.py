@@ -94,14 +94,14 @@ def test_every_row_of_the_studies_steps_and_moves_the_weights(study, name, monke
     path = tmp_path / "text.txt"
     path.write_bytes(bytes(range(256)) * 40)
     splits = study.data.load_text(f"text:{path}", context=study.CONTEXT)
-    for name, row in benchmark(name, monkeypatch).ROWS.items():
+    for label, row in benchmark(name, monkeypatch).ROWS.items():
         entry = study.train(row, splits, row.lr[0], 0, 2)
-        assert entry["diverged"] is False, name
+        assert entry["diverged"] is False, label
         assert entry["tokens"] == 2 * study.BATCH * study.CONTEXT
-        assert entry["validation"] != pytest.approx(5.545, abs=1e-4), name  # ln 256: nothing moved
+        assert entry["validation"] != pytest.approx(5.545, abs=1e-4), label  # ln 256: nothing moved
         # The first two steps of a warm-start are dense.
         dense = row.method == "dense" or "warmup_steps" in row.options
-        assert (entry["state_numbers"] < 2 * 857_216) == (not dense or bool(row.beside)), name
+        assert (entry["state_numbers"] < 2 * 857_216) == (not dense or bool(row.beside)), label
 
 
 def test_the_matrices_timed_are_those_of_the_blocks(times):

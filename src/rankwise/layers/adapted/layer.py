@@ -245,11 +245,15 @@ class AdaptedLayer(nn.Module):
 
         In float32 or better.
         """
-        total: Any = 0.0
+        us, vs = [], []
         for n in range(len(self.heads)):
             for head, sign in self._terms(n):
-                total = total + head.as_weight(_product(head)) * sign
-        return total * (self.scale / len(self.heads))
+                u, *core, v = head.factors()
+                us.append((u @ core[0] if core else u) * sign)
+                vs.append(v)
+        first: Any = self.heads[0]
+        product = torch.cat(us, -1) @ torch.cat(vs, -2)  # one product for all heads
+        return first.as_weight(product.mul_(self.scale / len(self.heads)))
 
     @torch.no_grad()
     def anchor_(self) -> None:
@@ -340,11 +344,6 @@ def _u(head: Any) -> Tensor:
     """U (O, R); of blocks the block-diagonal (O, B R)."""
     u: Tensor = head.u.weight
     return u if head.blocks == 1 else torch.block_diag(*u.chunk(head.blocks))
-
-
-def _product(head: LowRankLayer) -> Tensor:
-    u, *core, v = head.factors()
-    return (u @ core[0] if core else u) @ v
 
 
 def _head(
