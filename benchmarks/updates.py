@@ -5,9 +5,9 @@
     python benchmarks/updates.py step [--ranks 4 16] [--threads 1 2] [--json FILE]
     python benchmarks/updates.py memory [--ranks 4 16] [--json FILE]
 
-`layer`: three times one linear layer 768 -> 768 with a frozen weight, 2,048 rows, forward and backward with the
-gradient of its input. What an update adds to the frozen layer is the figure, beside what PEFT's
-LoRA adds. `step`: two blocks of GPT-2's form (width 768), 8 x 256 tokens, forward, backward and a
+`layer`: three times one linear layer 768 -> 768 with a frozen weight, 2,048 rows, forward and
+backward with the gradient of its input. What an update adds to the frozen layer is the figure,
+beside what PEFT's LoRA adds. `step`: two blocks of GPT-2's form (width 768), 8 x 256 tokens, forward, backward and a
 fused AdamW step; updates of all four linear layers of each block, one and many heads. "frozen"
 trains embeddings, norms and head alone, as all rows of updates do. LTE's step holds its share of a
 merge every 10 steps. Each round times every side once, in turn; medians [quartiles].
@@ -201,8 +201,8 @@ def merge_times(trainings: dict[str, Training], times: dict[str, list[float]]) -
     for name, training in trainings.items():
         if not name.startswith("parallel"):
             continue
-        updates = training.run.methods[0].updates
-        merges = rounds({"": lambda u=updates: u.merge(1)}, 3)[""]
+        method: Any = training.run.methods[0]
+        merges = rounds({"": lambda u=method.updates: u.merge(1)}, 3)[""]
         share = statistics.median(merges) / MERGE_EVERY
         times[name] = [t + share for t in times[name]]
 
