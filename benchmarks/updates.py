@@ -7,10 +7,11 @@
 
 `layer`: three times one linear layer 768 -> 768 with a frozen weight, 2,048 rows, forward and
 backward with the gradient of its input. What an update adds to the frozen layer is the figure,
-beside what PEFT's LoRA adds. `step`: two blocks of GPT-2's form (width 768), 8 x 256 tokens, forward, backward and a
-fused AdamW step; updates of all four linear layers of each block, one and many heads. "frozen"
-trains embeddings, norms and head alone, as all rows of updates do. LTE's step holds its share of a
-merge every 10 steps. Each round times every side once, in turn; medians [quartiles].
+beside what PEFT's LoRA adds. `step`: two blocks of GPT-2's form (width 768), 8 x 256 tokens,
+forward, backward and a fused AdamW step; updates of all four linear layers of each block, one and
+many heads. "frozen" trains embeddings, norms and head alone, as all rows of updates do. LTE's step
+holds its share of a merge every 10 steps. Each round times every side once, in turn; medians
+[quartiles].
 
 `memory`: the most bytes alive within a later step of the same network, every storage counted while
 it lives, in a process of its own for each side.
