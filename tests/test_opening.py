@@ -78,7 +78,7 @@ def test_projections_are_listed_in_order_and_the_model_is_not_touched() -> None:
     candidates = survey(model)
     assert list(candidates) == [*FULL, "out"]
     assert candidates["cross.v"].shape == (E, 10)
-    assert candidates["own.k"].attention == "own"
+    assert candidates["own.k"].home == "own"
     weight: Any = candidates["own.k"].module.weight
     assert weight.data_ptr() == model.own.in_proj_weight[E:].data_ptr()
     decided = plan(model, 3, INPUTS, keep_first=0, keep_last=0)
@@ -130,7 +130,7 @@ def test_only_attentions_with_a_low_rank_layer_are_opened() -> None:
     assert type(model.cross) is nn.MultiheadAttention
     # What stayed dense in the opened one is a candidate still, and opens nothing.
     assert "own.q" in survey(model)
-    assert survey(model)["own.q"].attention == ""
+    assert survey(model)["own.q"].home == ""
     change = factorize(model, {"own.q": 4})
     assert set(change.modules) == {"own.q"}
 
@@ -387,7 +387,7 @@ def test_opening_alone_changes_no_step_of_the_optimizer() -> None:
         # Not Adam: it blows up the rounding errors in the gradient of a key's bias, which is zero.
         optimizer = stepped(way, torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
         if way is model:
-            rebind(optimizer, surgery.open_attentions(model, {"own": False, "cross": False}))
+            rebind(optimizer, surgery.open_homes(model, {"own": False, "cross": False}))
         pair.append(optimizer)
     for way, optimizer in zip((model, reference), pair, strict=True):
         for _ in range(3):
@@ -418,7 +418,7 @@ def test_an_average_follows_an_opened_attention_there_and_back() -> None:
     give_structure(model, twin)
     same(twin(*INPUTS), model(*INPUTS))
     assert expected.shape == kept.shape
-    surgery.open_attentions(model, {"cross": False})  # nothing in it is low-rank
+    surgery.open_homes(model, {"cross": False})  # nothing in it is low-rank
     give_structure(model, twin)
     assert read_plan(twin) == read_plan(model)
 

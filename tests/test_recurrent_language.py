@@ -273,6 +273,58 @@ def test_a_run_stopped_anywhere_ends_bit_for_bit_as_one_that_was_not(prose, mode
     assert (resumed.test_loss, resumed.validation_loss) == (whole.test_loss, whole.validation_loss)
 
 
+# Stopped where the structure changes in mid-epoch, and after it.
+@pytest.mark.parametrize("step", [11, 14])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("factorized", {"ranks": 4, "init": "orthogonal"}),
+        ("pufferfish", {"ranks": 4, "warmup_steps": 11, "split": True, "lr_factor": 0.5}),
+        ("pufferfish+factor-decay", {"ranks": 4, "warmup_steps": 11, "layers": "*.hh_l*"}),
+        ("sifd", {"ranks": 4}),
+        ("cuttlefish", {"ranks": 4, "gains": "none", "latest": 11 / 18}),
+        ("galore", {"rank": 4, "every": 5}),
+    ],
+)
+def test_a_low_rank_run_stopped_anywhere_ends_bit_for_bit_as_one_that_was_not(
+    prose, method, options, step
+):
+    how = {"method": method, "method_options": options}
+    whole = train(recipe(out="whole", **how))
+    with pytest.raises(Interrupted):
+        train(recipe(out="parts", **how), report=StopAt(step))
+    assert rankwise.load("parts").extra["carried"]
+    resumed = train(recipe(out="parts", **how), resume="parts")
+    for mine, theirs in zip(end_state("parts"), end_state("whole"), strict=True):
+        assert_close(mine.get("state", mine), theirs.get("state", theirs), rtol=0, atol=0)
+    assert epochs_of("parts") == epochs_of("whole")
+    assert (resumed.test_loss, resumed.parameters) == (whole.test_loss, whole.parameters)
+    plan = rankwise.load("whole").run["plan"]
+    assert ("lstm" in plan) == (method != "galore")
+    if "+" in method:
+        assert set(plan) == {"lstm", "lstm.hh_l0", "lstm.hh_l1"}
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gradients_projected_at_full_rank_train_a_recurrent_layer_as_dense_sgd_does(cell):
+    plain, low = network(cell), network(cell)
+    sgds = [torch.optim.SGD(m.parameters(), lr=0.5, momentum=0.9) for m in (plain, low)]
+    method = rankwise.GaLore(99, every=2, scale=1.0, moments="rotate", layers=f"{cell}.weight*")
+    run = rankwise.start(low, method, sgds[1])
+    assert len(method.engine.matrices) == 4  # pyright: ignore[reportAttributeAccessIssue]
+    for matrix in method.engine.matrices.values():  # pyright: ignore[reportAttributeAccessIssue]
+        matrix.sides = ("right",)  # not the identity that it is at full rank
+    for seed in range(6):
+        for model, sgd in ((plain, sgds[0]), (run.model, sgds[1])):
+            sgd.zero_grad()
+            loss_of(model(tokens(4, 6, seed=seed)), tokens(4, 6, seed=seed + 9)).backward()
+            sgd.step()
+    for mine, theirs in zip(low.parameters(), plain.parameters(), strict=True):
+        assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    moved = (plain.head.weight - network(cell).head.weight).detach().abs().max()
+    assert float(moved) > 0.01
+
+
 def test_the_loop_is_truncated_back_propagation_as_one_would_write_it(prose):
     plain_sgd = {"optimizer": "sgd", "lr": 0.5, "momentum": 0.0, "weight_decay": 0.0}
     options: dict = {**plain_sgd, "schedule": "constant", "lr_warmup_epochs": 0, "clip_norm": None}

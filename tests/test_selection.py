@@ -164,12 +164,12 @@ def test_each_unsupported_layer_says_why() -> None:
 
 
 def test_matrices_that_no_line_of_the_plan_covers_are_named() -> None:
-    model = nn.ModuleDict({"lstm": nn.LSTM(8, 8), "a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    model = nn.ModuleDict({"rnn": nn.RNN(8, 8), "a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     decided = plan(model, 2, keep_first=0, keep_last=0)
     assert set(decided.ranks) == {"a", "b"}
-    assert any("lstm (LSTM)" in note for note in decided.notes)
-    with pytest.raises(SelectionError, match=r"lstm \(LSTM\) has no low-rank form here"):
-        select(model, "lstm")
+    assert any("rnn (RNN)" in note for note in decided.notes)
+    with pytest.raises(SelectionError, match=r"rnn \(RNN\) has no low-rank form here"):
+        select(model, "rnn")
 
 
 def test_a_layer_is_not_factorised_twice() -> None:
@@ -499,6 +499,7 @@ def test_a_glob_over_modules_of_the_wrong_kind_says_what_they_are() -> None:
             "norm": nn.LayerNorm(8),
             "block": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
             "lstm": nn.LSTM(8, 8),
+            "rnn": nn.RNN(8, 8),
             "low": LowRankLinear(8, 8, 2),
             "bag": nn.EmbeddingBag(9, 8),
         }
@@ -506,7 +507,8 @@ def test_a_glob_over_modules_of_the_wrong_kind_says_what_they_are() -> None:
     words = {
         "norm": r"norm \(LayerNorm\) has no weight matrix; the closest are",
         "block": r"block \(Sequential\) holds layers: name them, as in 'block\.\*'",
-        "lstm": r"lstm \(LSTM\) has no low-rank form here",
+        "lstm": r"lstm \(LSTM\) holds layers: name them, as in 'lstm\.\*'",
+        "rnn": r"rnn \(RNN\) has no low-rank form here",
         "low": r"low is low-rank already",
         "bag": r"bag: EmbeddingBag has no low-rank form here",
     }

@@ -21,7 +21,9 @@ from rankwise.layers import (
     LowRankLayer,
     LowRankLinear,
     OpenAttention,
+    OpenRecurrent,
     low_rank_class,
+    recurrent_class,
 )
 
 if TYPE_CHECKING:
@@ -40,11 +42,12 @@ class Candidate:
 
     Attributes:
         name: its first name in the model.
-        module: the dense layer; of an attention, a layer whose weight is a view of the packed one.
+        module: the dense layer; of a home that is shut, the layer that it will have: its weight is
+            a view of an attention's packed one, or a recurrent layer's own.
         shape: shape of the weight.
         obstacle: why it cannot be low-rank, or empty.
         tied: names of the other layers that use the same weight.
-        attention: name of the nn.MultiheadAttention that is opened for it, or empty.
+        home: name of the nn.MultiheadAttention, nn.LSTM or nn.GRU that is opened for it, or empty.
     """
 
     name: str
@@ -52,7 +55,7 @@ class Candidate:
     shape: tuple[int, ...]
     obstacle: str = ""
     tied: tuple[str, ...] = ()
-    attention: str = ""
+    home: str = ""
 
 
 def survey(
@@ -69,6 +72,7 @@ def survey(
     At the same rank the one matrix stores a third less (4 R E against 6 R E), at the same number
     of parameters its error is the same for random weights; apart, each gets the rank it needs, and
     attention to another sequence computes no projections for nothing. So apart is the default.
+    An nn.LSTM or nn.GRU is listed as its matrices, `ih_l0`, `hh_l0` and so on.
 
     Args:
         model: any model.
@@ -122,9 +126,14 @@ def _found(
     homes: dict[str, tuple[str, str]] = {}
     for name, module in model.named_modules():
         if type(module) is nn.MultiheadAttention:
-            for part, (layer, reason) in _projections(model, name, module, holders, layers).items():
-                found[part] = (layer, _weight_shape(part, layer))
-                homes[part] = (name, reason)
+            parts = _projections(model, name, module, holders, layers)
+        elif recurrent_class(module) is not None:
+            parts = _matrices(model, name, module)
+        else:
+            parts = {}
+        for part, (layer, reason) in parts.items():
+            found[part] = (layer, _weight_shape(part, layer))
+            homes[part] = (name, reason)
         shape = () if id(module) in inside else _weight_shape(name, module)
         if len(shape) >= 2:
             found.setdefault(name, (module, shape))
@@ -151,6 +160,30 @@ def _projections(
     return parts
 
 
+def _matrices(model: nn.Module, name: str, recurrent: Any) -> dict[str, tuple[nn.Module, str]]:
+    """The matrices of a recurrent layer as layers, or that they cannot be had, and why."""
+    kind: Any = recurrent_class(recurrent)
+    hollow = kind.like(recurrent)
+    held = {part: recurrent._parameters.get(f"weight_{part}") for part in hollow.matrices}
+    reason = _sealed(name, recurrent, type(recurrent).__name__) or _adapted(model, f"{name}.ih_l0")
+    if not reason and any(weight is None for weight in held.values()):
+        reason = "weights of its recurrent layer are computed from others (weight norm or the like)"
+    for weight in held.values() if not reason else ():
+        reason = reason or _unusual(weight)
+    opened = hollow if reason else kind.of(recurrent)
+    prefix = f"{name}." if name else ""
+    return {prefix + part: (getattr(opened, part), reason) for part in opened.matrices}
+
+
+def _sealed(name: str, module: nn.Module, what: str) -> str:
+    """Why a module cannot be exchanged for one that holds the same matrices as layers, or empty."""
+    if not name:
+        return f"the model is this {what} itself; put it into a module that calls it"
+    if "forward" in module.__dict__:
+        return f"the forward of its {what} was replaced on the instance"
+    return ""
+
+
 def asks_for_fused(attention: str, layers: Any) -> bool:
     """Whether names or globs ask for an attention's input projections as one matrix, `in_proj`."""
     patterns = layers.split(",") if isinstance(layers, str) else layers
@@ -163,10 +196,9 @@ def asks_for_fused(attention: str, layers: Any) -> bool:
 
 
 def _shut(model: nn.Module, name: str, attention: Any, holders: _Holders) -> str:
-    if not name:
-        return "the model is this attention itself; put it into a module that calls it"
-    if "forward" in attention.__dict__:
-        return "the forward of its attention was replaced on the instance"
+    reason = _sealed(name, attention, "attention")
+    if reason:
+        return reason
     packed = {k: p for k, p in attention._parameters.items() if p is not None}
     for key, parameter in packed.items():
         if _unusual(parameter):
@@ -238,6 +270,8 @@ def _obstacle(
         return stand_in
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance; factors would not have it"
+    if form.norm and _in_a_recurrence(model, name):
+        return "codes of a recurrent layer are made step by step: no BatchNorm over them (norm)"
     for place, other in others.items():
         if isinstance(other, str):
             return f"its weight is also {f'{place}.{other}'.lstrip('.')}, which stays dense"
@@ -245,6 +279,11 @@ def _obstacle(
         if theirs is not stand_in and not {theirs, stand_in} <= set(_ALIKE):
             return f"its weight is tied to {place} ({type(other).__name__}), which stays dense"
     return ""
+
+
+def _in_a_recurrence(model: nn.Module, name: str) -> bool:
+    home = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(home, OpenRecurrent) or recurrent_class(home) is not None
 
 
 def _unusual(weight: Any) -> str:
@@ -274,11 +313,11 @@ def _adapted(model: nn.Module, name: str) -> str:
 
 def aliases(model: nn.Module, candidates: Mapping[str, Candidate]) -> dict[str, str]:
     """Every name of every candidate, also those of modules registered twice: name -> first name."""
-    first = {id(c.module): n for n, c in candidates.items() if not c.attention}
+    first = {id(c.module): n for n, c in candidates.items() if not c.home}
     homes: dict[int, list[str]] = {}
     for name, candidate in candidates.items():
-        if candidate.attention:
-            homes.setdefault(id(model.get_submodule(candidate.attention)), []).append(name)
+        if candidate.home:
+            homes.setdefault(id(model.get_submodule(candidate.home)), []).append(name)
     names = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in first:
@@ -291,7 +330,7 @@ def aliases(model: nn.Module, candidates: Mapping[str, Candidate]) -> dict[str, 
 def unlisted(model: nn.Module, candidates: Mapping[str, Candidate]) -> dict[str, str]:
     """Matrices that no candidate covers (an LSTM's, a plain list's): name -> class or kind."""
     listed = {id(c.module) for c in candidates.values()}
-    listed |= {id(model.get_submodule(c.attention)) for c in candidates.values() if c.attention}
+    listed |= {id(model.get_submodule(c.home)) for c in candidates.values() if c.home}
     inside = {id(p) for m in model.modules() if isinstance(m, LowRankLayer) for p in m.modules()}
     found = {
         name: type(module).__name__

@@ -1,4 +1,4 @@
-"""Make everything dense again: products multiplied out, updates merged, attentions closed."""
+"""Make everything dense again: products multiplied out, updates merged, homes closed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from torch import nn
 from torch.nn import Parameter
 
 from rankwise.errors import SelectionError
-from rankwise.layers import LowRankLayer, OpenAttention, adapted_layers, low_rank_layers
+from rankwise.layers import (
+    LowRankLayer,
+    OpenAttention,
+    OpenRecurrent,
+    adapted_layers,
+    low_rank_layers,
+)
 from rankwise.method import NO_CHANGE, Change, Successors, merge
-from rankwise.surgery import replace, return_to_fast_path
+from rankwise.surgery import cut, replace, return_to_fast_path
 
 
 def to_dense(model: nn.Module) -> Change:
-    """Multiply low-rank layers out, merge updates, close attentions: the same function.
+    """Multiply low-rank layers out, merge updates, close what was opened: the same function.
 
     Optimizer moments do not survive (a product has no unique counterpart of its factors').
 
@@ -38,7 +44,7 @@ def to_dense(model: nn.Module) -> Change:
         )
         dense.weight = twin.weight
     for name, module in list(model.named_modules()):
-        if isinstance(module, OpenAttention):
+        if isinstance(module, (OpenAttention, OpenRecurrent)):
             changes.append(_close(model, name, module))
     return_to_fast_path(model)
     return merge(changes)
@@ -65,13 +71,13 @@ def merge_updates(model: nn.Module) -> Change:
     return merge(changes)
 
 
-def _close(model: nn.Module, name: str, opened: OpenAttention) -> Change:
+def _close(model: nn.Module, name: str, opened: OpenAttention | OpenRecurrent) -> Change:
     if not name:
-        raise SelectionError("the model itself is the opened attention; call its close()")
+        raise SelectionError(f"the model itself is the opened {opened.kind}; call its close()")
     closed = opened.close()
     replace(model, name, closed)
     replaced: dict[Parameter, Successors] = {}
-    for packed, (first, *others) in opened.parts(closed).items():
+    for packed, (first, *others) in cut(opened, closed).items():
         replaced[first] = Successors((packed,))
         replaced |= {part: Successors(()) for part in others}
     return Change(replaced=replaced, modules={name: (opened, closed)})

@@ -45,7 +45,9 @@ class EventLog:
         stored = accounting.parameters(model).stored
         event: dict[str, Any] = {
             "event": kind,
-            "layers": len(change.modules),
+            # Attentions and recurrent layers that were opened come with the layers in them.
+            "layers": sum(isinstance(new, LowRankLayer) for _, new in change.modules.values())
+            or len(change.modules),
             "parameters": [stored - change.growth(), stored],
             "moments": {**vars(moments), "unknown": list(moments.unknown)},
             "running_statistics": accounting.running_statistics(model),

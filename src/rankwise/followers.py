@@ -10,7 +10,7 @@ from torch import nn
 
 from rankwise import closing, structure, surgery
 from rankwise.errors import PlanError
-from rankwise.layers import KINDS, LowRankLayer, OpenAttention
+from rankwise.layers import KINDS, LowRankLayer
 from rankwise.method import Carry
 
 
@@ -76,10 +76,10 @@ def give_structure(model: nn.Module, copy: nn.Module, changed: Iterable[str] | N
         _fit(layer, theirs, dense)
         return layer
 
-    attentions = [name for name in names if plan[name]["kind"] == OpenAttention.kind]
-    layers = [name for name in names if name not in attentions]
-    shut = {name: plan[name]["fused"] for name in attentions if name not in present}
-    surgery.open_attentions(copy, shut)
+    homes = [name for name in names if plan[name]["kind"] in structure.HOMES]
+    layers = [name for name in names if name not in homes]
+    shut = {name: plan[name].get("fused", False) for name in homes if name not in present}
+    surgery.open_homes(copy, shut)
     fresh = {n: int(plan[n]["rank"]) for n in layers if n not in present}
     surgery.factorize_layers(copy, fresh, make)
     _follow_ranks(model, copy, resized)

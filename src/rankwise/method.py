@@ -241,7 +241,8 @@ class Method:
 
     def choice(self) -> dict[str, Any]:
         """The layer choice among this method's options, as `rankwise.plan` takes it."""
-        names = ("layers", "exclude", "keep_first", "keep_last", "norm", "core", "separable")
+        names = ("layers", "exclude", "keep_first", "keep_last")
+        names += ("norm", "core", "separable", "split")
         options = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return {**options, "trace": self.context.trace}
 

@@ -100,7 +100,7 @@ def _automatic(
     reasons = dict.fromkeys(embeddings, "an embedding; name it to make it low-rank")
     for name, candidate in candidates.items():
         read = trace is not None and name in trace.reads and name not in embeddings
-        if not candidate.attention and (read or _read_by_attention(model, candidate)):
+        if not candidate.home and (read or _read_by_attention(model, candidate)):
             reasons[name] = "its parent reads the weight as a matrix"
     body = [name for name in order if name not in embeddings]
     begins = int(bool(order) and order[0] in embeddings)  # the embeddings are the first layer

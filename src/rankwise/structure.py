@@ -12,30 +12,35 @@ from rankwise.candidates import Candidate, survey
 from rankwise.errors import FactorizeError, PlanError, nearest, unknown
 from rankwise.layers import (
     KINDS,
+    RECURRENT,
     AdaptedLayer,
     Form,
     LowRankLayer,
     OpenAttention,
+    OpenRecurrent,
     adapted_layers,
     low_rank_class,
     low_rank_layers,
+    recurrent_class,
 )
 from rankwise.method import Change
-from rankwise.surgery import change_ranks, factorize_layers, open_attentions, whole_or_not
+from rankwise.surgery import change_ranks, factorize_layers, open_homes, whole_or_not
 
 Spec = dict[str, Any]
+HOMES = (OpenAttention.kind, *RECURRENT)
 _FORMS = (Form(), Form(separable=True))
 
 
 def read_plan(model: nn.Module) -> dict[str, Spec]:
-    """The structure of a model: name -> spec of its low-rank layer or opened attention; JSON-able.
+    """The structure of a model: name -> spec of its low-rank layer or opened home; JSON-able.
 
-    An opened attention comes before the layers in it.
+    An attention or recurrent layer that is opened comes before the layers in it.
     """
     adapted, low_rank = adapted_layers(model), low_rank_layers(model)
+    homes = (OpenAttention, OpenRecurrent)
     plan = {}
     for name, module in model.named_modules():
-        if name in adapted or name in low_rank or isinstance(module, OpenAttention):
+        if name in adapted or name in low_rank or isinstance(module, homes):
             ours: Any = module
             plan[name] = ours.spec()
     return plan
@@ -67,10 +72,12 @@ def impose_plan(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> Chan
             f"{extra[0]} is low-rank in the model but dense in the plan; build it dense"
         )
     missing = {name: spec for name, spec in wanted.items() if name not in present}
-    shut = {n: spec["fused"] for n, spec in missing.items() if spec["kind"] == OpenAttention.kind}
+    shut = {n: spec.get("fused", False) for n, spec in missing.items() if spec["kind"] in HOMES}
     for name in shut:
-        _check_attention(model, name, missing.pop(name))
-    opened = open_attentions(model, shut)
+        spec = missing.pop(name)
+        check = _check_recurrent if spec["kind"] in RECURRENT else _check_attention
+        check(model, name, spec)
+    opened = open_homes(model, shut)
     with whole_or_not(model, opened):
         made = opened | _factorize(model, missing)
     with whole_or_not(model, made):
@@ -117,6 +124,7 @@ def _kind_of_product(spec: Mapping[str, Any]) -> str:
 
 _LAYER = {"kind": str, "shape": (list, tuple), "rank": int, "norm": bool}
 _ATTENTION = {"kind": str, "shape": (list, tuple), "heads": int, "fused": bool}
+_RECURRENT = {"kind": str, "shape": (list, tuple), "layers": int, "bidirectional": bool}
 _UPDATE = {
     "of": str,
     "heads": int,
@@ -128,21 +136,26 @@ _UPDATE = {
 _EXAMPLES: dict[str, Spec] = {
     "layer": {"kind": "linear", "shape": [64, 32], "rank": 8, "norm": False},
     "attention": {"kind": "attention", "shape": [64, 64, 64], "heads": 4, "fused": False},
+    "recurrent": {"kind": "lstm", "shape": [32, 64, 0], "layers": 2, "bidirectional": False},
 }
 
 
 def _read_spec(name: str, spec: Any) -> Spec:
-    attention = isinstance(spec, Mapping) and spec.get("kind") == OpenAttention.kind
-    fields: dict[str, Any] = _ATTENTION if attention else _LAYER
+    kind = spec.get("kind") if isinstance(spec, Mapping) else None
+    form = "attention" if kind == OpenAttention.kind else "layer"
+    form = "recurrent" if kind in list(RECURRENT) else form
+    fields: dict[str, Any] = {"attention": _ATTENTION, "recurrent": _RECURRENT, "layer": _LAYER}[
+        form
+    ]
     if not isinstance(spec, Mapping):
         raise PlanError(f"{name}: a spec maps {', '.join(fields)} to values; this is {spec!r}")
     for field, kinds in fields.items():
         if not isinstance(spec.get(field), kinds) or (kinds is int and spec[field] is True):
             raise PlanError(
                 f"{name}: the spec's {field} is {spec.get(field, 'missing')!r}; a spec looks like "
-                f"{_EXAMPLES['attention' if attention else 'layer']}"
+                f"{_EXAMPLES[form]}"
             )
-    if attention:
+    if form != "layer":
         return {**spec, "shape": list(spec["shape"])}
     if spec["kind"] == AdaptedLayer.kind:
         for field, kinds in _UPDATE.items():
@@ -169,6 +182,18 @@ def _check_attention(model: nn.Module, name: str, spec: Spec) -> None:
         raise PlanError(f"the plan is of another model: {name} is {own} here, {spec} there")
     if spec["fused"] and module.in_proj_weight is None:
         raise PlanError(f"{name}: its projections have different widths; they cannot be fused")
+
+
+def _check_recurrent(model: nn.Module, name: str, spec: Spec) -> None:
+    modules = {n: m for n, m in model.named_modules() if n}
+    kind = None if name not in modules else recurrent_class(modules[name])
+    if kind is None:
+        known = [n for n, m in modules.items() if recurrent_class(m) is not None]
+        wrong = unknown("recurrent layer", name, nearest(name, known) or known)
+        raise PlanError(f"the plan is of another model: {wrong}")
+    own = kind.like(modules[name]).spec()
+    if own != spec:
+        raise PlanError(f"the plan is of another model: {name} is {own} here, {spec} there")
 
 
 def _check_twins(name: str, spec: Spec, other: str, theirs: Spec) -> None:

@@ -29,6 +29,7 @@ from rankwise.layers import (
     LowRankLayer,
     OpenAttention,
     low_rank_class,
+    recurrent_class,
 )
 from rankwise.layers.attention import RowCarry
 from rankwise.method import NO_CHANGE, Carry, Change, Successors, merge
@@ -167,8 +168,8 @@ def factorize_layers(
 ) -> Change:
     """Replace each named layer by what `make(name, dense, class, rank)` returns for it.
 
-    Attentions whose projections are named are opened first. Of layers that share a weight, one is
-    made; the others get its factors.
+    Attentions and recurrent layers whose matrices are named are opened first. Of layers that share
+    a weight, one is made; the others get its factors.
 
     Args:
         model: changed in place; as before if this fails.
@@ -185,7 +186,7 @@ def factorize_layers(
     ranks = _by_first_name(model, ranks, candidates)
     for name in ranks:
         _check_named(name, ranks, candidates)
-    opened = open_attentions(model, _to_open(ranks, candidates))
+    opened = open_homes(model, _to_open(ranks, candidates))
     with whole_or_not(model, opened):
         new = _make_all(model, ranks, make, form)
     return merge([opened, *(_exchange(model, name, layer) for name, layer in new.items())])
@@ -228,29 +229,38 @@ def _check_named(name: str, ranks: Mapping[str, int], candidates: Mapping[str, C
 
 
 def _to_open(ranks: Iterable[str], candidates: Mapping[str, Candidate]) -> dict[str, bool]:
-    """Attentions that hold a named layer, and whether their input projections are one matrix."""
-    homes = {candidates[name].attention for name in ranks} - {""}
+    """Homes of named layers; of attentions, whether their input projections are one matrix."""
+    homes = {candidates[name].home for name in ranks} - {""}
     return {home: f"{home}.in_proj" in candidates for home in sorted(homes)}
 
 
-def open_attentions(model: nn.Module, fused: Mapping[str, bool]) -> Change:
-    """Give every named nn.MultiheadAttention projections that are layers; the function stays.
+def open_homes(model: nn.Module, fused: Mapping[str, bool]) -> Change:
+    """Give every named nn.MultiheadAttention, nn.LSTM or nn.GRU matrices that are layers.
+
+    The function stays. An attention's packed weight is cut; a recurrent layer's parameters are its
+    children's as they are.
 
     Args:
         model: changed in place.
-        fused: name -> whether queries, keys and values are projected by one layer.
+        fused: name -> whether queries, keys and values of an attention are projected by one layer.
     """
     changes = [NO_CHANGE]
     for name, one in fused.items():
-        attention = model.get_submodule(name)
-        opened = OpenAttention.of(attention, fused=one)
+        shut = model.get_submodule(name)
+        recurrent = recurrent_class(shut)
+        opened = OpenAttention.of(shut, fused=one) if recurrent is None else recurrent.of(shut)
         replace(model, name, opened)
         replaced = {
             old: Successors(new, RowCarry(tuple(len(p) for p in new)))
-            for old, new in opened.parts(attention).items()
+            for old, new in cut(opened, shut).items()
         }
-        changes.append(Change(replaced=replaced, modules={name: (attention, opened)}))
+        changes.append(Change(replaced=replaced, modules={name: (shut, opened)}))
     return merge(changes)
+
+
+def cut(opened: Any, shut: Any) -> Mapping[Parameter, tuple[Parameter, ...]]:
+    """Parameters of a home that is shut, and the parts that they are cut into where it is open."""
+    return opened.parts(shut) if isinstance(opened, OpenAttention) else {}
 
 
 def _make_all(

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from rankwise.accounting.recurrent import recurrent_flops
 from rankwise.accounting.running import Sample, Shape, device_of, forward, undisturbed
 
 
@@ -47,8 +48,8 @@ def running_statistics(model: nn.Module) -> int:
 def flops(model: nn.Module, sample: Sample) -> int:
     """Count the FLOPs of the matrix products of one forward in eval mode: 2 per multiply-add.
 
-    Exact for linear layers, convolutions and attention, whatever kernels would really run: the
-    count is made on meta tensors, without memory or time for the arithmetic. A model that needs
+    Exact for linear and recurrent layers, convolutions and attention, whatever kernels would run:
+    the count is made on meta tensors, without memory or time for the arithmetic. A model that needs
     values (data-dependent control flow, tensors that are neither parameters nor buffers) is run
     once for real, with the kernels that the counter cannot see through turned off.
 
@@ -58,12 +59,20 @@ def flops(model: nn.Module, sample: Sample) -> int:
     """
     counter = partial(FlopCounterMode, display=False, custom_mapping=_UNCOUNTED)
     with undisturbed(model):
-        with suppress(RuntimeError, TypeError, ValueError), counter() as count:
+        with (
+            suppress(RuntimeError, TypeError, ValueError),
+            counter() as count,
+            recurrent_flops(model, count.get_total_flops) as unseen,
+        ):
             forward(model, sample, torch.device("meta"), detached=True)
-            return count.get_total_flops()
-        with _transparent_kernels(), counter() as count:
+            return count.get_total_flops() + unseen()
+        with (
+            _transparent_kernels(),
+            counter() as count,
+            recurrent_flops(model, count.get_total_flops) as unseen,
+        ):
             forward(model, sample, device_of(model), detached=True)
-        return count.get_total_flops()
+        return count.get_total_flops() + unseen()
 
 
 def _trilinear_flops(a: Shape, weight: Shape, b: Shape, *_: Any, **__: Any) -> int:

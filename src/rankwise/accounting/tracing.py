@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from rankwise.accounting.recurrent import is_recurrent, reader_of, recurrent_calls
 from rankwise.accounting.running import Sample, Shape, device_of, forward, undisturbed
 from rankwise.errors import LifeCycleError
 
@@ -32,7 +33,8 @@ class Trace:
     """Which modules with a weight one forward ran, in which order, on which shapes.
 
     A call of nn.MultiheadAttention counts as one of each of its projections, under the names
-    `q`, `k`, `v`, `out_proj` and, for the first three at once, `in_proj`.
+    `q`, `k`, `v`, `out_proj` and, for the first three at once, `in_proj`; one of nn.LSTM or nn.GRU
+    as one of each of its matrices, `ih_l0`, `hh_l0`, ..., on all steps at once.
 
     Attributes:
         order: names of `named_modules`, by first call; a shared module is named once.
@@ -112,8 +114,10 @@ class Watcher:
         self._handles: list[RemovableHandle] = [enter]
         for name, module in model.named_modules():
             # Replicas share these dicts but are other objects: the name travels in the hook.
-            hook = self._record_attention if type(module) is _ATTENTION else self._record
-            if _has_weight(module) or type(module) is _ATTENTION:
+            parts = self._record_attention if type(module) is _ATTENTION else None
+            parts = self._record_recurrent if is_recurrent(module) else parts
+            hook = parts or self._record
+            if _has_weight(module) or parts is not None:
                 hook = partial(hook, name)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._leave))
@@ -177,6 +181,19 @@ class Watcher:
             self._recorded.append((prefix + part, tuple(x.shape), (*x.shape[:-1], width)))
         self._recorded.append((f"{prefix}out_proj", tuple(query.shape), tuple(query.shape)))
 
+    def _record_recurrent(self, name: str, module: Any, args: Any, *rest: Any) -> None:
+        if not self._mine():
+            return
+        named = rest[0] if len(rest) == 2 else {}
+        x = args[0] if args else named["input"]
+        prefix = f"{name}." if name else ""
+        for part, inputs, outputs in recurrent_calls(module, x):
+            self._recorded.append((prefix + part, inputs, outputs))
+        if not torch.compiler.is_compiling():
+            self._autocast = self._autocast or _autocast(module)
+            if self._given:
+                self._meet(f"{prefix}ih_l0", x)
+
     def _meet(self, name: str, inputs: Any) -> None:
         for tensor in tree_leaves(inputs):
             for given in self._given if isinstance(tensor, Tensor) else ():
@@ -218,8 +235,9 @@ class _Reads(TorchFunctionMode):
             if weight is not None and weight.dim() > 1:
                 self._owners.setdefault(id(weight), []).append(name)
                 enter, leave = partial(self._turn, name, 1), partial(self._turn, name, -1)
-                self._handles.append(module.register_forward_pre_hook(enter))
-                self._handles.append(module.register_forward_hook(leave, always_call=True))
+                user = reader_of(model, name) or module
+                self._handles.append(user.register_forward_pre_hook(enter))
+                self._handles.append(user.register_forward_hook(leave, always_call=True))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -178,6 +178,7 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
     for flag, described in (
         ("--core", "three factors U C V"),
         ("--separable", "2-D convolutions as 1 x k, then k x 1"),
+        ("--split", "factors for each part of a fused projection, each gate of an LSTM or GRU"),
     ):
         group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=described)
     _gain_flags(parser)

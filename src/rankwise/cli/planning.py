@@ -55,7 +55,7 @@ def plan_command(asked: argparse.Namespace) -> int:
     trace = None if sample is None else accounting.trace(model, sample)
     choice: dict[str, Any] = {
         name: getattr(method, name)
-        for name in ("layers", "exclude", "keep_first", "keep_last", "core", "separable")
+        for name in ("layers", "exclude", "keep_first", "keep_last", "core", "separable", "split")
     }
     gains = None if options.gains is None else ranks.Gains.load(options.gains)
     if options.measure:

@@ -26,8 +26,9 @@ class Form:
         separable: 2-D convolutions as 1 x k and k x 1 (2105.01029) instead of k x k and 1 x 1.
         split: linear layers that hold several matrices, each to get factors of its own: glob over
             layer names -> number of equal parts of the rows, the first pattern that matches counts;
-            or True for the fused projections known by name (qkv, c_attn, ...) with three times as
-            many rows as columns, in three parts. Grouped queries make unequal parts: not split.
+            or True for the gates of recurrent layers, each on its own, and for the fused
+            projections known by name (qkv, c_attn, ...) with three times as many rows as columns,
+            in three parts. Grouped queries make unequal parts: not split.
     """
 
     norm: bool = False
@@ -79,6 +80,8 @@ class Form:
         if isinstance(self.split, Mapping):
             matching = (n for p, n in self.split.items() if fnmatch.fnmatchcase(name, p))
             return next(matching, 1)
+        if self.split and stand_in.splits and hasattr(dense, "gates"):  # of a recurrent layer
+            return dense.gates
         if not self.split or not stand_in.splits or name.rpartition(".")[2] not in FUSED:
             return 1
         rows, columns = stand_in.matrix_shape(dense)

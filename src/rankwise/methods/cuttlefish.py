@@ -37,6 +37,7 @@ class Cuttlefish(Method):
     exclude: Any = fields.exclude()
     keep_first: int = fields.keep_first()
     keep_last: int = fields.keep_last()
+    split: bool = fields.split()
     norm: bool = option(False, "extra BatchNorm between the factors; changes the function")
     gains: Any = option("measure", "layer times: measure, none (low rank regardless), or a file")
     min_gain: float = option(1.1, "stay dense below this speed-up (compat: 1.5)", above=0)

@@ -36,6 +36,7 @@ class Factorized(Method):
     keep_last: int = fields.keep_last()
     core: bool = fields.core()
     separable: bool = fields.separable()
+    split: bool = fields.split()
     init: str = option("spectral", "initialisation of the factors", choices=INITS)
 
     def __post_init__(self) -> None:

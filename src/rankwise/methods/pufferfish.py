@@ -36,6 +36,7 @@ class Pufferfish(Method):
     exclude: Any = fields.exclude()
     keep_first: int = fields.keep_first()
     keep_last: int = fields.keep_last()
+    split: bool = fields.split()
     norm: bool = option(False, "extra BatchNorm between the factors; changes the function")
     lr_factor: float = option(1.0, "learning rate after the switch, times this", above=0)
 

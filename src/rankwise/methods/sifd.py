@@ -54,6 +54,7 @@ class SIFD(Method):
     keep_last: int = fields.keep_last()
     core: bool = fields.core()
     separable: bool = fields.separable()
+    split: bool = fields.split()
     init: str = option("spectral", "initialisation of the factors", choices=INITS)
     decay: str = option("frobenius", "frobenius, kronecker, l2, none, or a sum: frobenius+0.1*l2")
     strength: float | None = option(

@@ -44,6 +44,11 @@ def core() -> Any:
     return option(False, "three factors U C V")
 
 
+def split() -> Any:
+    """Factors for each part of a stacked weight."""
+    return option(False, "factors for each part of a fused projection, each gate of an LSTM or GRU")
+
+
 def separable() -> Any:
     """The separable form of a convolution."""
     return option(False, "2-D convolutions as 1 x k, then k x 1 (2105.01029)")

@@ -48,7 +48,9 @@ def draw(default: str = "kaiming") -> Any:
 
 def split() -> Any:
     """Fused projections."""
-    return option(False, "updates of its own for each part of a fused qkv, known by name")
+    return option(
+        False, "updates of its own for each part of a fused qkv, each gate of an LSTM or GRU"
+    )
 
 
 def dtype() -> Any:

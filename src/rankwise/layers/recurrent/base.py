@@ -73,6 +73,7 @@ class OpenRecurrent(nn.Module, ABC):
             options = {"bias": self.bias and not name.startswith("hr"), **place}
             if given is None:
                 child: Any = nn.utils.skip_init(nn.Linear, columns, rows, **options)
+                child.gates = 1 if name.startswith("hr") else self.gates  # its rows are of so many
             else:
                 blocks = self.gates if per_gate and not name.startswith("hr") else 1
                 self._check_rank(name, given, blocks)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.errors import FactorizeError
+from rankwise.layers.adapted import AdaptedLayer
 from rankwise.layers.linear import LowRankLinear
 
 
@@ -56,20 +57,28 @@ def read(child: Any, gates: int, name: str = "") -> Matrix:
     """The matrix of a child, differentiable.
 
     Args:
-        child: nn.Linear (a subclass too) or LowRankLinear.
+        child: nn.Linear (a subclass too), LowRankLinear, or the first with a low-rank update, which
+            is added to its weight.
         gates: G.
         name: of the child, for messages.
 
     Raises:
-        FactorizeError: any other layer, or BatchNorm between the factors.
+        FactorizeError: any other layer, BatchNorm between the factors, or dropout before them.
     """
     if isinstance(child, nn.Linear):
         return Matrix(child.weight, None, child.bias, gates)
+    if isinstance(child, AdaptedLayer):
+        if child.dropout:
+            raise FactorizeError(
+                f"{name} drops inputs of its update (dropout={child.dropout:g}); a recurrent layer "
+                "reads one matrix for all steps, weight and update together. Use dropout=0"
+            )
+        return Matrix(child.weight, None, child.base.bias, gates)
     if not isinstance(child, LowRankLinear):
         raise FactorizeError(
             f"{name} is a {type(child).__name__}; a recurrent layer reads the weights of its "
-            "children in every step and knows nn.Linear and LowRankLinear. Merge an adapter into "
-            "the layer first, or leave this layer alone"
+            "children in every step and knows nn.Linear, LowRankLinear and this library's updates. "
+            "Merge another adapter into the layer first, or leave this layer alone"
         )
     if child.norm is not None:
         raise FactorizeError(

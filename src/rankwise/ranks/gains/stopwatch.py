@@ -61,6 +61,39 @@ class Work:
     autocast: torch.dtype | None = None
     channels_last: bool = False
 
+    @property
+    def place(self) -> str:
+        """What more there is to say of how the layer is used, after a space, or empty."""
+        return ""
+
+    def dense_layer(self, source: torch.Generator) -> Any:
+        """A dense layer of its own."""
+        dense = stand_in_for(self.dense, self.device)
+        with torch.no_grad():
+            # Numbers of an ordinary size: what lies in fresh memory may be slow to multiply.
+            for tensor in (*dense.parameters(), *dense.buffers()):
+                if tensor.is_floating_point():
+                    tensor.normal_(std=0.02, generator=source)
+        return dense
+
+    def low_rank_layer(self, dense: Any, rank: int, source: torch.Generator) -> nn.Module:
+        """What stands for that layer at a rank."""
+        return self.stand_in.from_dense(dense, rank, init="variance", generator=source, **self.form)
+
+    def example(self, dense: Any, source: torch.Generator) -> Tensor:
+        """An input of both."""
+        if isinstance(dense, nn.Embedding):
+            count = dense.num_embeddings
+            return torch.randint(count, self.input, generator=source, device=self.device)
+        # Under autocast, what comes from an earlier layer mostly is in the dtype of autocast.
+        inner = self.autocast if self.needs_gradient else None
+        x = torch.randn(self.input, generator=source, device=self.device)
+        x = x.to(inner or dense.weight.dtype)
+        if self.channels_last and x.dim() in (4, 5):
+            layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+            x = x.to(memory_format=layout)
+        return x.requires_grad_(self.needs_gradient)
+
 
 @dataclass(frozen=True)
 class Times:
@@ -99,6 +132,7 @@ class Pass:
     def __call__(self) -> None:
         with _precision(self.work):
             y = self.layer(self._x)
+        y = y[0] if isinstance(y, tuple) else y  # recurrent layers return their state as well
         if y.requires_grad:  # not in a frozen layer without anything trained before it
             if self._seed is None:
                 self._seed = torch.ones_like(y)
@@ -228,29 +262,9 @@ def _apart(device: torch.device) -> Iterator[None]:
 def _passes(work: Work, ranks: Sequence[int]) -> list[Pass]:
     """The dense side, then one for each rank, in rising order; all read the same input."""
     source = torch.Generator(work.device).manual_seed(0)
-    dense: Any = stand_in_for(work.dense, work.device)
-    with torch.no_grad():
-        # Numbers of an ordinary size: what lies in fresh memory may be slow to multiply.
-        for tensor in (*dense.parameters(), *dense.buffers()):
-            if tensor.is_floating_point():
-                tensor.normal_(std=0.02, generator=source)
-    low = (
-        work.stand_in.from_dense(dense, rank, init="variance", generator=source, **work.form)
-        for rank in sorted(ranks)
-    )
-    x = _input(work, dense, source)
+    dense = work.dense_layer(source)
+    low = (work.low_rank_layer(dense, rank, source) for rank in sorted(ranks))
+    x = work.example(dense, source)
     sides: list[tuple[nn.Module, int | None]] = [(dense, None)]
     sides += zip(low, sorted(ranks), strict=True)
     return [Pass(layer, rank, x, work) for layer, rank in sides]
-
-
-def _input(work: Work, dense: Any, source: torch.Generator) -> Tensor:
-    if isinstance(dense, nn.Embedding):
-        return torch.randint(dense.num_embeddings, work.input, generator=source, device=work.device)
-    # Under autocast, what comes from an earlier layer mostly is in the dtype of autocast.
-    inner = work.autocast if work.needs_gradient else None
-    x = torch.randn(work.input, generator=source, device=work.device)
-    x = x.to(inner or dense.weight.dtype)
-    if work.channels_last and x.dim() in (4, 5):
-        x = x.to(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-    return x.requires_grad_(work.needs_gradient)

@@ -17,6 +17,7 @@ from rankwise import accounting, distributed, selection
 from rankwise.accounting.running import device_of
 from rankwise.errors import LifeCycleError, OptionError, PlanError, RankwiseError, nearest, unknown
 from rankwise.ranks.gains.cache import GainCache, default_place
+from rankwise.ranks.gains.recurrence import recurrent_home, work_in
 from rankwise.ranks.gains.stopwatch import Timer, Times, Work, time_layer, wall_clock
 from rankwise.ranks.gains.table import Conditions, Gains, LayerGain
 from rankwise.ranks.lines import Kind, ModelLayers
@@ -154,11 +155,15 @@ def _jobs(
             continue
         needs = trained(line.name)
         form, stand_in = kind.keywords, _stand_in(kind)
-        works = tuple(
+        works = [
             Work(dense, stand_in, form, shapes.scaled(c.input), needs, device, autocast, last)
             for c in calls
-        )
-        yield _Job(line, _stack(line.name, dense, calls[0].output), works)
+        ]
+        home, stack = recurrent_home(model, line.name), _stack(line.name, dense, calls[0].output)
+        if home is not None:
+            stack = line.name.rpartition(".")[0]
+            works = [work_in(home, line.name, *each) for each in zip(calls, works, strict=True)]
+        yield _Job(line, stack, tuple(works))
 
 
 def _open(line: LayerPlan, plan: Plan) -> bool:
@@ -313,7 +318,7 @@ class _Session:
                 f"{work.stand_in.kind} {sorted(work.form.items())} "
                 f"ranks {sorted(set(told.ranks(job.line.shape.full_rank)))}",
                 f"input {tuple(work.input)} gradient {work.needs_gradient} "
-                f"channels last {work.channels_last} autocast {work.autocast}",
+                f"channels last {work.channels_last} autocast {work.autocast}{work.place}",
             )
         )
 
@@ -331,7 +336,8 @@ def _settings(device: torch.device) -> str:
 
 
 def _what(job: _Job, work: Work) -> str:
-    return f"{job.line.kind} {job.line.shape}, input {'×'.join(str(n) for n in work.input)}"
+    shape = "×".join(str(n) for n in work.input)
+    return f"{job.line.kind} {job.line.shape}, input {shape}{work.place}"
 
 
 def _conditions(
