@@ -1,0 +1,277 @@
+"""A low-rank LSTM on text: dense, low-rank from the start, Pufferfish, Cuttlefish, at equal steps.
+
+    python benchmarks/recurrent_study.py --data text:FILE [--rows NAME ...] [--record FILE.jsonl]
+    python benchmarks/recurrent_study.py --time            # steps of the final networks, in turns
+
+A character LSTM (`lstm-char`: two layers of 256) reads 16 streams in windows of 64 for one epoch,
+with `rankwise.training.train`: AdamW, clipping at norm 1, warm-up and cosine to zero, the state
+handed over. Every row is tuned by itself: three learning rates a factor of 2 apart with seed 0, by
+validation loss; the seeds 0, 1, 2 at the best one are the row. The test part chooses nothing.
+
+The record has a line a run. A second call goes on where it ends; with --table it only reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import rankwise
+from rankwise import data, models
+from rankwise.training import Recipe, environment, records, train
+from rankwise.training.task import loss_of
+
+RESULTS = Path(__file__).parent / "results"
+MODEL, BATCH, CONTEXT, EPOCHS = "lstm-char", 16, 64, 1
+SEEDS, RATES = (0, 1, 2), (2e-3, 4e-3, 8e-3)
+RATIO = 0.25
+# The paper warms its LSTM up for 10 of 40 epochs and halves the rate at the switch (2103.03936).
+WARMUP = {"warmup_epochs": EPOCHS / 4, "lr_factor": 0.5}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),
+    "low-rank from the start": ("factorized", {"ranks": RATIO}),
+    "Pufferfish": ("pufferfish", {"ranks": RATIO, **WARMUP}),
+    "Pufferfish, gate by gate": ("pufferfish", {"ranks": RATIO, **WARMUP, "split": True}),
+    "Cuttlefish": ("cuttlefish", {"observe_every": 20}),
+}
+KEPT = ("test_loss", "validation_loss", "parameters", "flops", "step_ms_dense", "step_ms_low_rank")
+
+
+def recipe(row: str, text: str, lr: float, seed: int, out: str, epochs: int) -> Recipe:
+    method, options = ROWS[row]
+    return Recipe(
+        model=MODEL,
+        data=text,
+        tokens="characters",
+        context=CONTEXT,
+        batch_size=BATCH,
+        epochs=epochs,
+        method=method,
+        method_options=options,
+        optimizer="adamw",
+        lr=lr,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        lr_warmup_epochs=0.1,
+        seed=seed,
+        out=out,
+        checkpoint_every=epochs,
+        threads=1,
+    )
+
+
+def run(row: str, text: str, lr: float, seed: int, epochs: int) -> dict[str, Any]:
+    """One training run: its losses, sizes and the ranks at its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "run")
+        result = train(recipe(row, text, lr, seed, out, epochs))
+        structure = rankwise.load(out).run["plan"]
+        lines = records.read(out)
+    return {
+        **{name: getattr(result, name) for name in KEPT},
+        "seconds": round(result.seconds, 1),
+        "switch_steps": [event["step"] for event in result.switches],
+        "ranks": {name: spec["rank"] for name, spec in structure.items() if "rank" in spec},
+        "structure": structure,
+        "validation_curve": [r["validation_loss"] for r in lines if r["event"] == "epoch"],
+    }
+
+
+class Record:
+    """The lines of a record, read at the start and added to after every run."""
+
+    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+        self.path = path
+        self.runs: dict[tuple[str, float, int], dict[str, Any]] = {}
+        self.times: list[dict[str, Any]] = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            entry = json.loads(line)
+            if "times" in entry:
+                self.times.append(entry)
+            elif "row" in entry:
+                self.runs[entry["row"], entry["lr"], entry["seed"]] = entry
+            elif entry["settings"] != facts["settings"]:
+                raise SystemExit(f"{path} was made with other settings; choose another --record")
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.write(facts)
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def get(self, row: str, text: str, lr: float, seed: int, epochs: int) -> dict[str, Any]:
+        """A run: read, or trained and written down."""
+        key = (row, lr, seed)
+        if key not in self.runs:
+            self.runs[key] = {
+                "row": row,
+                "lr": lr,
+                "seed": seed,
+                **run(row, text, lr, seed, epochs),
+            }
+            self.write(self.runs[key])
+            loss = self.runs[key]["validation_loss"]
+            print(f"{row:<26} lr {lr:<7g} seed {seed}  {loss:.4f}", flush=True)
+        return self.runs[key]
+
+    def best(self, row: str) -> float | None:
+        """The rate with the lowest validation loss of seed 0."""
+        tried = {lr: r for (name, lr, seed), r in self.runs.items() if name == row and seed == 0}
+        return min(tried, key=lambda lr: tried[lr]["validation_loss"], default=None)
+
+    def chosen(self, row: str) -> list[dict[str, Any]]:
+        """A row's runs at its best rate, by seed."""
+        rate = self.best(row)
+        runs = [self.runs.get((row, rate, seed)) for seed in SEEDS] if rate is not None else []
+        return [each for each in runs if each is not None]
+
+
+class Side:
+    """A network, its optimizer and its state, to be stepped in turns with others."""
+
+    def __init__(self, model: nn.Module, batch: int, context: int) -> None:
+        self.model: Any = model.train()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        source = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, 65, (batch, context + 1), generator=source)
+        self.inputs, self.targets = tokens[:, :-1], tokens[:, 1:]
+        self.state = self.model.initial_state(batch)
+
+    def step(self) -> float:
+        """Milliseconds of forward, backward, clipping and update."""
+        began = time.perf_counter()
+        self.optimizer.zero_grad()
+        scores, state = self.model(self.inputs, self.state)
+        loss_of(scores, self.targets).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.state = tuple(part.detach() for part in state)
+        return (time.perf_counter() - began) * 1e3
+
+
+def timed(record: Record, rounds: int) -> dict[str, Any]:
+    """Steps of every row's final network (seed 0 at its best rate) in turns with dense ones."""
+    torch.manual_seed(0)
+    dense = models.build(MODEL, classes=65, input_shape=(CONTEXT,))
+    sides = {"dense": Side(dense, BATCH, CONTEXT)}
+    for row in ROWS:
+        found = record.chosen(row)
+        if found and found[0]["structure"]:
+            model = copy.deepcopy(dense)
+            rankwise.impose_plan(model, found[0]["structure"])
+            for child in model.modules():  # values do not matter, but zeros would be fast
+                if isinstance(child, rankwise.layers.LowRankLayer):
+                    child.reset_parameters()
+            sides[row] = Side(model, BATCH, CONTEXT)
+    for side in sides.values():
+        side.step()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in list(sides) if number % 2 else reversed(sides):
+            times[name].append(sides[name].step())
+    ratios = {
+        n: [d / t for d, t in zip(times["dense"], own, strict=True)] for n, own in times.items()
+    }
+    return {
+        "times": {name: statistics.median(own) for name, own in times.items()},
+        "speed_up": {name: statistics.quantiles(own, n=4) for name, own in ratios.items()},
+        "rounds": rounds,
+    }
+
+
+def table(record: Record) -> None:
+    """Test loss in bits, perplexity, parameters and speed of every row at its best rate."""
+    speeds = record.times[-1]["speed_up"] if record.times else {}
+    dense = {r["seed"]: r["test_loss"] for r in record.chosen("dense")}
+    titles = ("bits/character", "- dense", "perplexity", "parameters", "step")
+    print(f"{'row':<26}{'lr':>8}" + "".join(f"{title:>20}" for title in titles) + "  switch")
+    for row in ROWS:
+        runs = record.chosen(row)
+        if not runs:
+            continue
+        bits = [r["test_loss"] / math.log(2) for r in runs]
+        gaps = [b - dense[r["seed"]] / math.log(2) for b, r in zip(bits, runs, strict=True)]
+        sizes = [r["parameters"][0] for r in runs]
+        shown = f"{statistics.median(sizes):,.0f}"
+        speed = f"{speeds[row][1]:.2f}x" if row in speeds else ""
+        cells = (
+            spread(bits),
+            spread(gaps),
+            spread([math.exp(r["test_loss"]) for r in runs]),
+            shown,
+            speed,
+        )
+        switches = ", ".join(str(step) for r in runs for step in r["switch_steps"])
+        line = "".join(f"{cell:>20}" for cell in cells)
+        print(f"{row:<26}{record.best(row):>8g}{line}  {switches}")
+        tried = sorted(
+            (lr, r["validation_loss"])
+            for (n, lr, s), r in record.runs.items()
+            if n == row and s == 0
+        )
+        print("    validation by lr: " + "  ".join(f"{lr:g}: {loss:.4f}" for lr, loss in tried))
+        for r in runs if row == "Cuttlefish" else ():
+            print(f"    seed {r['seed']}: {r['parameters'][0]:,} parameters, ranks {r['ranks']}")
+
+
+def spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", default="shakespeare", help="text:FILE, or shakespeare")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME")
+    parser.add_argument("--record", type=Path, default=RESULTS / "recurrent_study.jsonl")
+    parser.add_argument("--table", action="store_true", help="show what is recorded, train nothing")
+    parser.add_argument("--time", action="store_true", help="time the final networks in turns")
+    parser.add_argument("--rounds", type=int, default=200, help="of --time")
+    parser.add_argument("--smoke", action="store_true", help="one rate and epoch, one seed")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments(argv)
+    torch.set_num_threads(1)
+    epochs = 1 if options.smoke else EPOCHS
+    rates, seeds = (RATES[:1], SEEDS[:1]) if options.smoke else (RATES, SEEDS)
+    splits = data.load_text(options.data, context=CONTEXT, level="characters")
+    facts = {
+        "settings": {"epochs": epochs, "batch": BATCH, "checksum": splits.checksum},
+        "data": splits.name,
+        "commit": environment.commit(),
+        "versions": environment.versions(),
+        "hardware": environment.hardware(torch.device("cpu"), 1),
+    }
+    record = Record(options.record, facts)
+    if options.time:
+        entry = timed(record, options.rounds)
+        record.write(entry)
+        record.times.append(entry)
+    for row in () if options.table or options.time else options.rows:
+        for lr in rates:
+            record.get(row, options.data, lr, 0, epochs)
+        best = record.best(row)
+        assert best is not None
+        for seed in seeds:
+            record.get(row, options.data, best, seed, epochs)
+    table(record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
