@@ -67,6 +67,15 @@ def test_each_network_stores_the_parameters_counted_by_hand(name, expected):
     assert model(sample.to("meta")).shape == (1, sample.shape[1], models.MODELS[name].classes)
 
 
+def test_the_published_factorisation_stores_what_was_published():
+    """67,962,278 with one bias a layer: each gate at a quarter of the hidden units (2103.03936)."""
+    with torch.device("meta"):
+        model = models.build("lstm-wikitext2")
+    decided = rankwise.plan(model, rankwise.ranks.Ratio(0.25, multiple=1), split=True)
+    assert set(decided.ranks.values()) == {375}
+    assert decided.parameters[1] == 67_962_278 + 2 * 6_000
+
+
 def test_it_is_torchs_layers_in_a_row():
     for cell, kind in (("lstm", nn.LSTM), ("gru", nn.GRU)):
         model = network(cell, dropout=0.3).eval()

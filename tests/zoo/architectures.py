@@ -40,6 +40,8 @@ class Architecture:
     @property
     def library(self) -> str:
         """Package that it needs beside torch, or empty."""
+        if self.full in models.MODELS:
+            return ""
         library, colon, _ = self.full.partition(":")
         return library if colon or not self.full else "transformers"
 
@@ -294,7 +296,17 @@ def _recurrent() -> tuple[nn.Module, dict[str, Tensor]]:
     return _Recurrent(), {"ids": _random(torch.zeros(2, 6, dtype=torch.int64))}
 
 
+def _text_through(cell: str) -> tuple[nn.Module, Tensor]:
+    sizes = {"vocabulary": 40, "width": 16, "hidden": 16, "layers": 2}
+    network = models.RecurrentLanguageModel(**sizes, cell=cell, tied=cell == "lstm", dropout=0.1)
+    return network, _random(torch.zeros(2, 6, dtype=torch.int64))
+
+
 TORCH = (
+    Architecture(
+        "LSTM, two layers of 1500, tied", "lstm-wikitext2", make=lambda: _text_through("lstm")
+    ),
+    Architecture("GRU, two layers of 256", "gru-char", make=lambda: _text_through("gru")),
     Architecture("nn.Transformer", make=_transformer),
     Architecture("nn.TransformerEncoder", make=_encoder),
     Architecture("3-D convolutions", make=_volume),
