@@ -800,6 +800,60 @@ def test_finish_gives_the_weights_back_to_the_optimizer() -> None:
     assert gap(model, before) > 0
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_warm_refresh_shares_the_projection_of_its_step(wide: bool) -> None:
+    """Q <- orth(G^T (G Q)) after a step in Q: two products, of which the step makes one anyway."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(24, 16) if wide else nn.Linear(16, 24))
+    method = GaLore(4, every=1, layers="*.weight", scale=1.0, moments="keep")
+    run = begin(model, method, lambda m: SGD(m.parameters(), lr=0.1))
+    (matrix,) = engine_of(run).matrices.values()
+    generator = torch.Generator().manual_seed(1)
+    for step in range(4):
+        parts = [torch.randn(model[0].weight.shape, generator=generator) for _ in range(3)]
+        for part in parts:
+            (model[0].weight * part).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        full = sum(parts[1:], parts[0])
+        facing = full.mT if wide else full
+        weight = model[0].weight.detach().clone()
+        basis = matrix.basis(matrix.sides[0]).clone()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        if step == 0:
+            continue  # the first basis is looked for at once, from a cold start
+        within = facing @ basis @ basis.mT
+        moved = (weight - model[0].weight.detach()) / 0.1
+        moved = moved.mT if wide else moved
+        cosine = F.cosine_similarity(moved.flatten(), within.flatten(), dim=0)
+        assert float(cosine) > 1 - 1e-5
+        new, expected = (
+            matrix.basis(matrix.sides[0]),
+            torch.linalg.qr(facing.mT @ facing @ basis)[0],
+        )
+        torch.testing.assert_close(new @ new.mT, expected @ expected.mT, rtol=0, atol=1e-4)
+
+
+def test_a_step_that_a_scaler_skips_leaves_the_refresh_due() -> None:
+    model = mlp()
+    run = begin(model, GaLore(4, every=1))
+    train(run, batches(2))
+    matrix = engine_of(run).matrices["0.weight"]
+    before, due = matrix.basis("right").clone(), matrix.next_refresh
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(loss_of(model, next(batches(1)))).backward()
+    model[4].weight.grad.fill_(torch.inf)
+    scaler.unscale_(run.optimizer)
+    scaler.step(run.optimizer)
+    scaler.update()
+    run.optimizer.zero_grad()
+    torch.testing.assert_close(matrix.basis("right"), before, rtol=0, atol=0)
+    assert matrix.next_refresh == due
+    train(run, batches(1))
+    assert matrix.next_refresh > due
+    assert float((matrix.basis("right") - before).abs().max()) > 0
+
+
 def test_refreshes_are_spread_over_the_steps() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(9)))

@@ -26,7 +26,9 @@ class GaLore(Method):
     """Any optimizer on projected gradients; the weights stay dense and of full rank.
 
     Deviations: the basis comes from the gradient accumulated over micro-batches and workers by
-    warm subspace iteration (`basis="svd"` is the paper's), and matrices are refreshed in turn.
+    warm subspace iteration (`basis="svd"` is the paper's), and matrices are refreshed in turn. A
+    warm iteration G^T (G Q) shares G Q with the step's own projection, so that its basis serves
+    from the next step on: a refresh costs a third less (docs/studies/low-rank-gradients.md).
     """
 
     rank: float = fields.rank(128)

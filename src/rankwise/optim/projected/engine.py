@@ -139,6 +139,7 @@ class ProjectedGradients:
                 self.bases.track(matrix, held.sketch, gram)
             elif self.choices.track is not None:
                 self.bases.check_momentum(matrix)
+            self.bases.renew(matrix)
             held.full = held.sketch = held.seen = None
             matrix.rest()
         self._moved = []

@@ -33,6 +33,10 @@ class Keeper(Protocol):
         """Refresh the basis from the accumulated gradient, if it is due."""
         ...
 
+    def after_projection(self, matrix: ProjectedMatrix, full: Tensor, small: Tensor) -> None:
+        """Begin a refresh that shares the projection just made."""
+        ...
+
     def sketch(self, matrix: ProjectedMatrix, full: Tensor) -> Tensor | None:
         """What a tracked basis accumulates of a gradient, or None."""
         ...
@@ -63,6 +67,7 @@ class ProjectedMatrix:
         next_refresh: number of finished steps from which on the basis is due.
         period: steps between refreshes.
         failures: how often the gradient was not fit for a new basis.
+        power: (D, R), what the next basis is orthonormalised from after the step under way.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class ProjectedMatrix:
         self.next_refresh, self.period, self.failures = 0, 0, 0
         self.similar: list[float] = []
         self.failing = False
+        self.power: Tensor | None = None
         local = self.local(weight)
         held = (local.shape[0], columns)  # of many workers, the last ones may hold no row
         self._proxy_shape = self._small_shape(held)
@@ -263,6 +269,7 @@ class ProjectedMatrix:
         with _uncast(full):
             self.keeper.before_projection(self, full)
             held.small = full.flatten(1) if self.identity else self.project(full)
+            self.keeper.after_projection(self, full, held.small)
             held.sketch = self.keeper.sketch(self, full)
         if self.identity or not self.keeper.keeps_full():
             held.full = None

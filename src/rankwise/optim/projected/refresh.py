@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rankwise import sharding
 from rankwise.errors import LifeCycleError
+from rankwise.linalg import working_dtype
 from rankwise.method import Context
 from rankwise.optim.projected import moments as moment_rules
 from rankwise.optim.projected import subspace
@@ -115,14 +116,38 @@ class Bases:
         self.replace_basis(matrix, {side: new})
 
     def before_projection(self, matrix: ProjectedMatrix, full: Tensor) -> None:
-        """Find a first basis, or a new one if it is due."""
+        """Find a first basis, or a new one if it is due and not found by a warm power step."""
         if matrix.identity:
             return
         if not matrix.has_basis():
             for side in matrix.sides:
                 matrix.set_basis(side, self._drawn(matrix, side), self.choices.bits)
-        if self._due(matrix):
+        if self._due(matrix) and not self._shares(matrix):
             self._refresh(matrix, full.flatten(1))
+
+    def _shares(self, matrix: ProjectedMatrix) -> bool:
+        """Whether a refresh is G^T (G Q) with the projection G Q of the step under way."""
+        return matrix.period > 0 and len(matrix.sides) == 1 and self.choices.basis == "power"
+
+    def after_projection(self, matrix: ProjectedMatrix, full: Tensor, small: Tensor) -> None:
+        """The second half of a warm power step, G^T (G Q); its basis serves from the next step."""
+        matrix.power = None
+        if matrix.identity or not (self._due(matrix) and self._shares(matrix)):
+            return
+        gradient, side = full.flatten(1), matrix.sides[0]
+        if not self._fit(matrix, gradient):
+            self._failed(matrix)
+            return
+        wide = working_dtype(gradient.dtype)
+        facing = matrix.facing(side, gradient.to(wide))
+        matrix.power = facing.mT @ matrix.facing(side, small.to(wide))
+
+    def renew(self, matrix: ProjectedMatrix) -> None:
+        """Finish a power step that was begun: the step it shared its projection with is done."""
+        if matrix.power is None:
+            return
+        product, matrix.power = self.total(matrix)(matrix.power), None
+        self._adopt(matrix, {matrix.sides[0]: subspace.orthonormal(product)}, first=False)
 
     def _drawn(self, matrix: ProjectedMatrix, side: str) -> Tensor:
         generator = self.context.generator(self.step + 1, f"{matrix.name}/{side}")
@@ -134,10 +159,13 @@ class Bases:
     def _refresh(self, matrix: ProjectedMatrix, gradient: Tensor) -> None:
         first = matrix.period == 0
         bases = self._find(matrix, gradient, _COLD_STEPS if first else 1)
-        old = matrix.basis(matrix.sides[0])
         if bases is None:
             self._failed(matrix)
             return
+        self._adopt(matrix, bases, first)
+
+    def _adopt(self, matrix: ProjectedMatrix, bases: Mapping[str, Tensor], first: bool) -> None:
+        old = matrix.basis(matrix.sides[0])
         if not self.replace_basis(matrix, bases):
             return
         if self.choices.lazy is not None and not first:
@@ -167,9 +195,7 @@ class Bases:
         kind, total = self.choices.basis, self.total(matrix)
         if kind in ("random", "gaussian"):
             return {side: self._drawn(matrix, side) for side in matrix.sides}
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        norm = total(torch.linalg.vector_norm(gradient, dtype=wide).square())
-        if not (bool(torch.isfinite(norm)) and bool(norm > 0)):
+        if not self._fit(matrix, gradient):
             return None
         if kind == "svd":
             vectors = subspace.leading(gradient, matrix.rank)
@@ -179,6 +205,11 @@ class Bases:
             facing, basis = matrix.facing(side, gradient), matrix.basis(side)
             found[side] = subspace.power_step(facing, basis, steps=steps, total=total)
         return found
+
+    def _fit(self, matrix: ProjectedMatrix, gradient: Tensor) -> bool:
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        norm = self.total(matrix)(torch.linalg.vector_norm(gradient, dtype=wide).square())
+        return bool(torch.isfinite(norm)) and bool(norm > 0)
 
     def replace_basis(self, matrix: ProjectedMatrix, bases: Mapping[str, Tensor]) -> bool:
         """Use new bases, moments following as chosen; False, and counted, if not finite."""
