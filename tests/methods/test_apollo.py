@@ -24,7 +24,8 @@ def published(model: Llama, betas: tuple[float, float], limit: bool, **options: 
 def give_projections(engine: ProjectedGradients, model: Llama, optimizer: Any) -> None:
     """Put our engine's random matrices into the projectors of the published program."""
     # From the optimizer's own module: importing the package would ask for bitsandbytes.
-    make = type(optimizer).__init__.__globals__["GradientProjector"]
+    begin: Any = vars(type(optimizer))["__init__"]
+    make = begin.__globals__["GradientProjector"]
     for name, layer in model.block.items():
         matrix = engine.matrices[f"block.{name}.weight"]
         basis = matrix.basis(matrix.sides[0])
