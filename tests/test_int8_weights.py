@@ -143,6 +143,17 @@ def test_small_updates_are_not_lost() -> None:
     assert moved[8] == pytest.approx(moved[None], rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_of_rate_zero_leave_the_codes(dtype: torch.dtype) -> None:
+    """Decoding in half precision before writing back would let weights wander by themselves."""
+    model: Any = mlp(dtype=dtype)
+    run = begin(model, METHOD(), partial(adamw, lr=0.0))
+    before = model[0].weight.codes.clone()
+    train(run, [(x.to(dtype), y) for x, y in batches(20)])
+    changed = int((model[0].weight.codes != before).sum())
+    assert changed <= 2, "of 960; a scale may differ in its last bit"
+
+
 def test_it_learns_as_float_weights_do() -> None:
     losses = {}
     data = list(batches(60))

@@ -242,7 +242,7 @@ class ProjectedGradients:
     def _target(self, matrix: ProjectedMatrix, weight: Tensor) -> Tensor:
         """The weight as a matrix (M, N) to be changed: itself, or a copy to be written back."""
         if isinstance(weight, Int8Weight):
-            return weight.decoded().flatten(1).float()
+            return weight.decoded(torch.float32).flatten(1)  # else codes wander by rounding
         if self._rounds(weight):
             target = weight.flatten(1).float()
             lost = matrix.memory.get("lost")

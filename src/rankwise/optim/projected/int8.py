@@ -65,11 +65,10 @@ class Int8Weight(torch.Tensor):
         codes, scales = encode(weight.detach())
         return cls(codes, scales, weight.shape, weight.dtype)
 
-    def decoded(self) -> Tensor:
-        """The values, as a new float tensor."""
+    def decoded(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The values, as a new float tensor; in the layer's dtype unless another one is given."""
         shape = self.shape[::-1] if self.turned else self.shape
-        # One pass over the codes; in the layer's dtype, as the product needs it.
-        wide = torch.mul(self.codes, self.scales.to(self.dtype)).flatten()
+        wide = torch.mul(self.codes, self.scales.to(dtype or self.dtype)).flatten()
         values = wide[: shape.numel()].view(shape)
         return values.mT if self.turned else values
 
