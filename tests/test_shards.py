@@ -136,6 +136,27 @@ def _muon() -> str:
     return str(refused.value)
 
 
+def _weights_of_8_bits() -> str:
+    model = sharded(tall())
+    with pytest.raises(OptionError) as refused:
+        rankwise.start(model, QGaLore(4, weight_bits=8), adamw(model))
+    return str(refused.value)
+
+
+def _replicated_weights_of_8_bits() -> list[Tensor]:
+    model: Any = tall()
+    method = QGaLore(4, every=3, weight_bits=8)
+    run = rankwise.start(model, method, adamw(model), wrap=distributed.wrap)
+    train(run, mine(data()))
+    return [*model[0].weight.parts(), *(p.detach() for p in run.finish().parameters())]
+
+
+def test_weights_of_8_bits_go_with_copies_and_not_with_shards(together: Workers) -> None:
+    assert all("weight_bits" in text for text in together(_weights_of_8_bits))
+    first, second = together(_replicated_weights_of_8_bits)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 def test_what_does_not_go_by_rows_is_refused(together: Workers) -> None:
     for text in together(_placed_otherwise):
         assert "0.weight is placed as S(1)" in text or "Shard(dim=1)" in text

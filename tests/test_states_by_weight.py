@@ -18,6 +18,8 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 import rankwise
 from rankwise import distributed
 from rankwise.errors import LifeCycleError
+from rankwise.method import Method
+from rankwise.methods.qgalore import QGaLore
 from test_distributed import Workers
 from test_projected import METHODS, batches, engine_of, gap, mlp, train
 from test_shards import KINDS, SAVED, STEPS, data, gathered, mine, sharded, tall
@@ -41,9 +43,15 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     workers.stop()
 
 
+LOCAL: dict[str, Callable[[], Method]] = {
+    **METHODS,
+    "weights of 8 bits": lambda: QGaLore(4, every=3, weight_bits=8),
+}
+
+
 def started(method: str, optimizer: str = "AdamW") -> tuple[nn.Module, rankwise.Run]:
     model = mlp()
-    return model, rankwise.start(model, METHODS[method](), MAKE[optimizer](model))
+    return model, rankwise.start(model, LOCAL[method](), MAKE[optimizer](model))
 
 
 def steps(first: int = 0, last: int = STEPS) -> Any:
@@ -71,6 +79,7 @@ def held(run: rankwise.Run) -> list[str]:
         ("two-sided", "eager"),
         ("feedback", "groups"),
         ("tracked, residual", "AdamW"),
+        ("weights of 8 bits", "AdamW"),
     ],
 )
 def test_what_torch_gets_it_sets_exactly(method: str, optimizer: str) -> None:
