@@ -1,13 +1,7 @@
-"""What the loops over time share: codes, slabs with one block per gate, chunks of steps.
+"""What the loops over time share: codes, chunks of steps, types, ends of sequences.
 
-T: steps, B: batch, H: hidden_size, R: rank, G: gates. A factor's codes are (.., R) where all gates
-share them and (.., G R) where each gate has its own. Slabs of gates are (G, T, B, H): a batched
-product writes them and every pointwise operand is contiguous, which costs a half to a third of
-what strided gates in rows of 4 H cost on a CPU.
-
-A row of codes is [x's codes | 1 | h's codes]: the 1 stands for the bias, so one product of that
-row is the whole preactivation, and one product over all rows the gradient of both factors U and
-of the bias.
+T: steps, B: batch, H: hidden_size, R: rank, G: gates, K: width of codes. A factor's codes are
+(.., R) where all gates share them and (.., G R) where each gate has its own.
 """
 
 from __future__ import annotations
@@ -17,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Rows (steps times batch) that are worked on at once. The 4 H wide product of the inputs is made
-# just before its steps, while it still fits the cache; measured best of 256, 512, 1024 and all.
-ROWS = 512
+# Rows (steps times batch) that are worked on at once: what is as wide as all gates is made for
+# those alone and stays in the cache. Of 64 to 4096, 256 to 512 were the best at every width.
+ROWS = 256
 
 
 def chunks(steps: int, batch: int, *, backwards: bool) -> tuple[int, list[tuple[int, int]]]:
@@ -38,59 +32,6 @@ def operand_dtype(x: Tensor) -> torch.dtype:
 def state_dtype(operands: torch.dtype) -> torch.dtype:
     """Of cell states and of everything pointwise: half precision is for operands of GEMMs alone."""
     return torch.float32 if operands in (torch.float16, torch.bfloat16) else operands
-
-
-def spread(codes: Tensor, gates: int, width: int) -> Tensor:
-    """Codes (N, R) or (N, G R) as operands (G, N, R) of one batched product, without a copy."""
-    if codes.shape[-1] == width:
-        return codes.expand(gates, -1, -1)
-    return codes.unflatten(-1, (gates, width)).transpose(0, 1)
-
-
-def rows_of_codes(zx: Tensor, width: int) -> Tensor:
-    """(T, B, Kx + 1 + Kh): x's codes, the 1 of the bias, and room for h's codes."""
-    steps, batch, inputs = zx.shape
-    codes = zx.new_empty(steps, batch, inputs + 1 + width)
-    codes[..., :inputs] = zx
-    codes[..., inputs] = 1
-    return codes
-
-
-def multiply(rows: Tensor, weights: Tensor, out: Tensor) -> None:
-    """out (G, N, H) = [codes | 1] (N, K + 1) times weights (G, R + 1, H), bias in the last row."""
-    gates, width = weights.shape[0], weights.shape[1] - 1
-    product = out if out.dtype == rows.dtype else rows.new_empty(out.shape)
-    if rows.shape[1] == width + 1:
-        torch.bmm(rows.expand(gates, -1, -1), weights, out=product)
-    else:
-        each = spread(rows[:, :-1], gates, width)
-        torch.baddbmm(weights[:, -1:], each, weights[:, :-1], out=product)
-    if product is not out:
-        out.copy_(product)
-
-
-def add_outer(total: Tensor, rows: Tensor, slab: Tensor, width: int) -> None:
-    """total (G, R, H) += codes (N, R) or (N, G R) transposed times slab (G, N, H)."""
-    each = spread(rows, slab.shape[0], width).mT
-    if total.dtype == rows.dtype:
-        total.baddbmm_(each, slab)
-    else:
-        total.add_(torch.bmm(each, slab))
-
-
-def multiply_back(slab: Tensor, weights: Tensor, out: Tensor) -> None:
-    """Gradient of codes: out (N, R) = sum over gates of slab (G, N, H) times U (G, H, R).
-
-    With codes for each gate out is (N, G R) and nothing is summed.
-    """
-    gates, _, width = weights.shape
-    if out.shape[1] == width:
-        torch.mm(slab[0], weights[0], out=out)
-        for gate in range(1, gates):
-            out.addmm_(slab[gate], weights[gate])
-    else:
-        for gate in range(gates):
-            torch.mm(slab[gate], weights[gate], out=out[:, gate * width : (gate + 1) * width])
 
 
 def ends(batch_sizes: Sequence[int]) -> list[tuple[int, int] | None]:

@@ -12,8 +12,8 @@ hidden state is kept as h / 2. In backward all four gradients are one factor eac
 
 with m = Uh q_t + bh of n's rows, so a step is one pointwise product of four slabs.
 
-Saved for backward, in numbers per step, row and unit of H: 5 + (Rx + Rh + 1) / H (r, z, n, m,
-outputs, codes), with `recompute` 1 + (Rx + Rh + 1) / H.
+Saved for backward, in numbers per step, row and unit of H: 5 + (Rx + Rh) / H (r, z, n, m,
+outputs, codes), with `recompute` 1 + (Rx + Rh) / H.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import LifeCycleError
-from rankwise.layers.recurrent import codes as rows
+from rankwise.layers.recurrent import products
+from rankwise.layers.recurrent.codes import chunks
 
 Results = tuple[Tensor, Tensor, Tensor]
-# Slabs of the gates: n, r, z, m. The inputs have part in the first three, the codes of h in the
-# last three.
-N, R, Z, M = range(4)
+G = 3
+# A slab (.., 4 H) of n, r, z, m: the inputs have part in the first three, h in the last three.
 
 
-def packed(ux: Tensor, uh: Tensor, bx: Tensor, bh: Tensor) -> tuple[Tensor, Tensor]:
-    """For the inputs (3, Rx + 1, H) of n, r, z and for h (3, 1 + Rh, H) of r, z, m; n, m doubled.
+def packed(ux: Tensor, uh: Tensor, bx: Tensor, bh: Tensor) -> tuple[Tensor, ...]:
+    """Copies of Ux, bx in the order n, r, z and of Uh, bh in that of r, z, m; n and m doubled.
 
-    The biases of r and z are summed into the inputs' row.
+    The biases of r and z are summed into bx.
     """
-    x = torch.cat([ux, bx[:, None]], 1).unflatten(0, (3, -1)).transpose(1, 2)
-    h = torch.cat([bh[:, None], uh], 1).unflatten(0, (3, -1)).transpose(1, 2).contiguous()
-    x = x[[2, 0, 1]]
-    x[0].mul_(2)
-    h[2].mul_(2)
-    x[1:, -1].add_(h[:2, 0])
-    return x, h
+    ux, bx = (part.unflatten(0, (G, -1))[[2, 0, 1]] for part in (ux, bx))
+    uh, bh = (part.clone().unflatten(0, (G, -1)) for part in (uh, bh))
+    for part in (ux[0], bx[0], uh[2], bh[2]):
+        part.mul_(2)
+    bx[1:].add_(bh[:2])
+    bh[:2].zero_()
+    return ux.flatten(0, 1), uh.flatten(0, 1), bx.flatten(), bh.flatten()
 
 
 def run(
@@ -94,72 +94,66 @@ def _forward(
     recompute: bool,
     save: bool,
 ) -> Results:
-    """Hidden states; and for backward: n / 2, r, z, 2 m (4, T, B, H) and codes (else empty)."""
-    (steps, batch, _), hidden = zx.shape, v.shape[1]
+    """Hidden states; for backward n / 2, r, z, 2 m (T, B, 4 H) and codes of x and h, or empty."""
+    (steps, batch, width_x), (width, hidden) = zx.shape, v.shape
+    output = zx.new_empty(steps, batch, hidden)
+    slab = h0.new_empty((steps, batch, 4 * hidden) if save and not recompute else 0)
+    codes = zx.new_empty((steps, batch, width_x + width) if save else 0)
     with torch.autocast(zx.device.type, enabled=False):
-        codes = rows.rows_of_codes(zx, v.shape[0])
-        output = zx.new_empty(steps, batch, hidden)
-        slab = h0.new_empty(4, steps, batch, hidden) if save and not recompute else None
         weights = packed(ux, uh, bx, bh)
-        _loop(codes, weights, v, q0, h0, output, slab, reverse)
-    nothing = h0.new_empty(0)
-    return output, nothing if slab is None else slab, codes if save else zx.new_empty(0)
+        _loop(zx, weights, v, q0, h0, (output, slab, codes), reverse)
+    return output, slab, codes
 
 
 def _loop(
-    codes: Tensor,
-    weights: tuple[Tensor, Tensor],
+    zx: Tensor,
+    weights: tuple[Tensor, ...],
     v: Tensor,
-    q0: Tensor,
+    q: Tensor,
     h0: Tensor,
-    output: Tensor,
-    slab: Tensor | None,
+    kept: tuple[Tensor, Tensor, Tensor],
     reverse: bool,
 ) -> None:
-    """Run all steps: fill h's part of `codes`, `output` and the gates in `slab`."""
-    steps, batch, hidden = output.shape
-    inputs, (from_x, from_h) = codes.shape[2] - v.shape[0], weights
-    bias, of_gates, of_m = from_h[2, 0], from_h[:2, 1:], from_h[2, 1:]
-    length, ranges = rows.chunks(steps, batch, backwards=reverse)
-    buffer = h0.new_empty(4, length, batch, hidden) if slab is None else None
-    half = codes.new_empty(2, batch, hidden) if codes.dtype != h0.dtype else None
-    each_q, h, to_codes = codes[..., inputs:].unbind(0), output.unbind(0), (v * 2).t()
-    spread = [rows.spread(q, 3, from_h.shape[1] - 1) for q in each_q]
-    q_of_gates, q_of_m = [q[:2] for q in spread], [q[2] for q in spread]
-    state, begun = h0 / 2, reverse and steps - 1
-    mm, bmm, addmm, addcmul, lerp = torch.mm, torch.bmm, torch.addmm, torch.addcmul, torch.lerp
-    each_q[begun].copy_(q0)
+    """Run all steps: fill the outputs, and of gates and codes those that are not empty."""
+    output, slab, codes = kept
+    (steps, batch, hidden), (width_x, width) = output.shape, (zx.shape[2], len(v))
+    (ux, uh, bx, bh), mixed = weights, zx.dtype != h0.dtype
+    length, ranges = chunks(steps, batch, backwards=reverse)
+    from_x = products.of_gates(ux, G, length * batch, width_x, bx)
+    from_h = products.of_gates(uh, G, batch, width, bh)
+    to_codes = products.product(v * 2, batch)
+    if len(codes):
+        codes[..., :width_x] = zx
+    of_h, h = codes[..., width_x:].unbind(0), output.unbind(0)
+    state, half, buffer = h0 / 2, torch.full_like(h0, 0.5), h0.new_empty(batch, 4 * hidden)
+    sizes, add, addcmul, lerp = (2 * hidden, hidden), torch.add, torch.addcmul, torch.lerp
     for start, end in ranges:
-        part = slab[:, start:end] if slab is not None else buffer[:, : end - start]  # pyright: ignore
-        flat = codes[start:end, :, :inputs].flatten(0, 1)
-        rows.multiply(flat, from_x, part[:M].flatten(1, 2))
-        gates, (n, r, z, m) = part[R:M].unbind(1), (gate.unbind(0) for gate in part.unbind(0))
+        x = from_x(zx[start:end].flatten(0, 1)).to(h0.dtype).unflatten(0, (-1, batch))
+        x_n, x_rz = (part.unbind(0) for part in x.split(sizes[::-1], 2))
+        chunk = slab[start:end] if len(slab) else buffer.expand(end - start, -1, -1)
+        n, r, z, m = (part.unbind(0) for part in chunk.chunk(4, 2))
+        gates = chunk[..., hidden : 3 * hidden].unbind(0)
         for t in range(end - 1, start - 1, -1) if reverse else range(start, end):
             k = t - start
-            if half is None:
-                gates[k].baddbmm_(q_of_gates[t], of_gates).sigmoid_()
-                addmm(bias, q_of_m[t], of_m, out=m[k])
-            else:
-                gates[k].add_(bmm(q_of_gates[t], of_gates, out=half)).sigmoid_()
-                m[k].copy_(addmm(bias, q_of_m[t], of_m))
-            addcmul(n[k], r[k], m[k], out=n[k]).sigmoid_().sub_(0.5)  # tanh / 2
-            if half is None:
-                state = lerp(n[k], state, z[k], out=h[t])  # h / 2
-            else:
+            if of_h:
+                of_h[t].copy_(q)
+            h_rz, h_m = from_h(q).split(sizes, 1)
+            add(h_rz, x_rz[k], out=gates[k]).sigmoid_()
+            h_m = m[k].copy_(h_m) if mixed or len(slab) else h_m
+            addcmul(x_n[k], r[k], h_m, out=n[k]).sigmoid_().sub_(half)  # tanh / 2
+            if mixed:
                 h[t].copy_(lerp(n[k], state, z[k], out=state))
-            following = t - 1 if reverse else t + 1
-            if 0 <= following < steps:
-                mm(h[t], to_codes, out=each_q[following])
+            else:
+                state = lerp(n[k], state, z[k], out=h[t])  # h / 2
+            q = to_codes(h[t])
     output.mul_(2)
 
 
 @_forward.register_fake
 def _(zx, ux, uh, bx, bh, v, q0, h0, reverse, recompute, save):  # pyright: ignore
-    (steps, batch, inputs), (width, hidden) = zx.shape, v.shape
-    slab, codes = h0.new_empty(0), zx.new_empty(0)
-    if save:
-        slab = slab if recompute else h0.new_empty(4, steps, batch, hidden)
-        codes = zx.new_empty(steps, batch, inputs + 1 + width)
+    (steps, batch, width_x), (width, hidden) = zx.shape, v.shape
+    slab = h0.new_empty((steps, batch, 4 * hidden) if save and not recompute else 0)
+    codes = zx.new_empty((steps, batch, width_x + width) if save else 0)
     return zx.new_empty(steps, batch, hidden), slab, codes
 
 
@@ -180,7 +174,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of zx (empty if not wanted), ux, uh, bx, bh, v, q0 and h0."""
     with torch.autocast(codes.device.type, enabled=False):
-        work = _Backward(output, slab, codes, ux, uh, bx, bh, v, h0, reverse)
+        work = _Backward((output, slab, codes), (ux, uh, bx, bh), v, h0, reverse)
         return work.run(d_output, wants_input)
 
 
@@ -189,54 +183,53 @@ class _Backward:
 
     def __init__(
         self,
-        output: Tensor,
-        slab: Tensor,
-        codes: Tensor,
-        ux: Tensor,
-        uh: Tensor,
-        bx: Tensor,
-        bh: Tensor,
+        kept: tuple[Tensor, Tensor, Tensor],
+        weights: tuple[Tensor, Tensor, Tensor, Tensor],
         v: Tensor,
         h0: Tensor,
         reverse: bool,
     ) -> None:
-        steps, batch, hidden = output.shape
-        self.output, self.codes, self.v, self.h0, self.reverse = output, codes, v, h0, reverse
-        self.slab = slab if slab.numel() else None
-        self.ranks = (ux.shape[1], uh.shape[1])
-        self.inputs, self.width = codes.shape[2] - 1 - v.shape[0], v.shape[0]
-        self.ux = ux.unflatten(0, (3, hidden))[[2, 0, 1]]
-        self.uh = uh.unflatten(0, (3, hidden))
-        self.weights = packed(ux, uh, bx, bh) if self.slab is None else None
-        self.length, self.ranges = rows.chunks(steps, batch, backwards=not reverse)
-        size = (self.length, batch, hidden)
-        self.gates = h0.new_empty(4, *size) if self.slab is None else None
-        self.factors, self.d_hidden = h0.new_empty(4, *size), h0.new_empty(size)
-        self.half = codes.new_empty(4, *size) if codes.dtype != h0.dtype else None
-        self.dq = codes.new_empty(self.length, batch, self.width)
-        # Of n, r, z with the inputs' codes and the 1, and of r, z, m with those of h.
-        self.d_of_x = h0.new_zeros(3, self.ranks[0], hidden)
-        self.d_of_h = h0.new_zeros(3, self.ranks[1], hidden)
-        self.d_bias, self.dv = h0.new_zeros(4, hidden), h0.new_zeros(v.shape)
+        self.output, self.slab, self.codes = kept
+        ux, uh, bx, bh = weights
+        self.h0, self.reverse, self.ranks = h0, reverse, (ux.shape[1], uh.shape[1])
+        (steps, batch, self.hidden), width = self.output.shape, len(v)
+        width_x = self.codes.shape[2] - width
+        self.zx, self.q = self.codes[..., :width_x], self.codes[..., width_x:]
+        self.length, self.ranges = chunks(steps, batch, backwards=not reverse)
+        rows, self.mixed = self.length * batch, v.dtype != h0.dtype
+        self.from_x = self.from_h = None
+        if not len(self.slab):
+            doubled_ux, doubled_uh, both, of_m = packed(ux, uh, bx, bh)
+            self.from_x = products.of_gates(doubled_ux, G, rows, width_x, both)
+            self.from_h = products.of_gates(doubled_uh, G, rows, width, of_m)
+        ux = ux.unflatten(0, (G, -1))[[2, 0, 1]].flatten(0, 1)
+        self.back_to_zx = products.back_to_codes(ux, G, rows, width_x)
+        self.back_to_q = products.back_to_codes(uh, G, batch, width)
+        self.back_to_h = products.added(v.t(), 1, batch, width, mixed=self.mixed)
+        self.factors = h0.new_empty(self.length, batch, 4 * self.hidden)
+        self.half = v.new_empty(self.factors.shape) if self.mixed else self.factors
+        self.dq = v.new_empty(self.length, batch, width)
+        self.totals: list[Tensor] = []
 
     def run(self, d_output: Tensor, wants_input: bool) -> list[Tensor]:
         """All chunks, against the direction of the forward loop."""
-        (steps, batch, _), codes = self.output.shape, self.codes
-        d_zx = codes.new_empty((steps, batch, self.inputs) if wants_input else (0,))
+        d_zx = self.zx.new_empty(self.zx.shape if wants_input else 0)
         carry: Tensor = torch.zeros_like(self.h0)
         dq: Tensor | None = None
         for start, end in self.ranges:
-            self.d_hidden[: end - start].copy_(d_output[start:end])
             gates = self._gates(start, end)
             self._pointwise(gates, start, end)
-            dq = self._loop(gates, start, end, carry, dq)
-            self._gradients(start, end, d_zx[start:end].flatten(0, 1) if wants_input else None)
+            dq = self._loop(gates[2], d_output[start:end], carry, dq)
+            self._gradients(start, end)
+            if wants_input:
+                of_x = self.half[: end - start, :, : 3 * self.hidden].flatten(0, 1)
+                d_zx[start:end].flatten(0, 1).copy_(self.back_to_zx(of_x))
         assert dq is not None
-        d_ux = self.d_of_x[[1, 2, 0]].transpose(1, 2).flatten(0, 1)
-        d_uh = self.d_of_h.transpose(1, 2).flatten(0, 1)
-        d_bx, d_bh = self.d_bias[[R, Z, N]].flatten(), self.d_bias[R:].flatten()
-        parts = (part.to(codes.dtype) for part in (d_ux, d_uh, d_bx, d_bh, self.dv))
-        return [d_zx, *(part.contiguous() for part in parts), dq.clone(), carry]
+        d_ux, d_uh, bias, dv = (total.to(self.zx.dtype) for total in self.totals)
+        d_ux = d_ux.unflatten(1, (G, -1))[:, [1, 2, 0]].flatten(1).t().contiguous()
+        of_n, of_h = bias.split((self.hidden, 3 * self.hidden))
+        d_bx = torch.cat([of_h[: 2 * self.hidden], of_n])
+        return [d_zx, d_ux, d_uh.t().contiguous(), d_bx, of_h.clone(), dv, dq, carry]
 
     def _before(self, start: int, end: int) -> list[tuple[slice, Tensor]]:
         """h_{t-1} for the steps of a chunk, as slices of it and what stands there."""
@@ -250,92 +243,83 @@ class _Backward:
             edge = slice(0, 1) if inside > start else None
         return [*found, *([] if edge is None else [(edge, self.h0[None])])]
 
-    def _gates(self, start: int, end: int) -> Tensor:
+    def _gates(self, start: int, end: int) -> tuple[Tensor, ...]:
         """n / 2, r, z and 2 m: as saved, or made again from the codes."""
-        if self.slab is not None:
-            return self.slab[:, start:end]
-        assert self.gates is not None
-        assert self.weights is not None
-        gates, flat = self.gates[:, : end - start], self.codes[start:end].flatten(0, 1)
-        of_x, of_h = self.weights
-        slab = gates.flatten(1, 2)
-        rows.multiply(flat[:, : self.inputs + 1], of_x, slab[:M])
-        q = rows.spread(flat[:, self.inputs + 1 :], 3, self.ranks[1])
-        if self.half is None:
-            slab[R:M].baddbmm_(q[:2], of_h[:2, 1:]).sigmoid_()
-            torch.addmm(of_h[2, 0], q[2], of_h[2, 1:], out=slab[M])
-        else:
-            slab[R:M].add_(torch.bmm(q[:2], of_h[:2, 1:])).sigmoid_()
-            slab[M].copy_(torch.addmm(of_h[2, 0], q[2], of_h[2, 1:]))
-        slab[N].addcmul_(slab[R], slab[M]).sigmoid_().sub_(0.5)
-        return gates
+        if len(self.slab):
+            return self.slab[start:end].chunk(4, 2)
+        assert self.from_x is not None
+        assert self.from_h is not None
+        hidden, shape = self.hidden, (end - start, self.h0.shape[0], -1)
+        x = self.from_x(self.zx[start:end].flatten(0, 1)).to(self.h0.dtype)
+        h = self.from_h(self.q[start:end].flatten(0, 1)).to(self.h0.dtype)
+        x[:, hidden:].add_(h[:, : 2 * hidden]).sigmoid_()
+        n, r, z = x.view(shape).chunk(3, 2)
+        m = h[:, 2 * hidden :].reshape(shape)
+        n.addcmul_(r, m).sigmoid_().sub_(0.5)
+        return n, r, z, m
 
-    def _pointwise(self, gates: Tensor, start: int, end: int) -> None:
+    def _pointwise(self, gates: tuple[Tensor, ...], start: int, end: int) -> None:
         """What dh is multiplied by to give the gradients of n, r, z and m."""
-        n, r, z, m = gates.unbind(0)
-        factors = self.factors[:, : end - start]
+        n, r, z, m = gates
+        of_n, of_r, of_z, of_m = self.factors[: end - start].chunk(4, 2)
         sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
         for part, before in self._before(start, end):
-            torch.sub(before, n[part], alpha=2, out=factors[Z][part])
-        sigmoid_backward(factors[Z], z, grad_input=factors[Z])
+            torch.sub(before, n[part], alpha=2, out=of_z[part])
+        sigmoid_backward(of_z, z, grad_input=of_z)
         # 1 - tanh^2 = 1 - 4 (n / 2)^2, then times 1 - z
-        torch.mul(n, n, out=factors[R]).mul_(-4).add_(1)
-        torch.addcmul(factors[R], factors[R], z, value=-1, out=factors[N])
-        torch.mul(factors[N], r, out=factors[M])
-        torch.mul(factors[N], m, out=factors[R]).mul_(0.5)
-        sigmoid_backward(factors[R], r, grad_input=factors[R])
+        torch.mul(n, n, out=of_r).mul_(-4).add_(1)
+        torch.addcmul(of_r, of_r, z, value=-1, out=of_n)
+        torch.mul(of_n, r, out=of_m)
+        torch.mul(of_n, m, out=of_r).mul_(0.5)
+        sigmoid_backward(of_r, r, grad_input=of_r)
 
-    def _loop(
-        self, gates: Tensor, start: int, end: int, carry: Tensor, dq: Tensor | None
-    ) -> Tensor:
+    def _loop(self, z: Tensor, d_output: Tensor, carry: Tensor, dq: Tensor | None) -> Tensor:
         """Turn the factors of a chunk into gradients in place; `carry` is what z hands to h."""
-        factors, half, v, uh = self.factors[:, : end - start], self.half, self.v, self.uh
-        d_hidden, z, each = self.d_hidden.unbind(0), gates[Z].unbind(0), factors.unbind(1)
-        operands = each if half is None else half[:, : end - start].unbind(1)
-        seen = [operand[R:] for operand in operands]
-        each_dq, apart = self.dq.unbind(0), self.width != self.ranks[1]
-        shared = self.dq if apart else self.dq.new_empty(3, *self.dq.shape[1:])
-        for t in range(start, end) if self.reverse else range(end - 1, start - 1, -1):
-            k = t - start
-            dh = d_hidden[k].add_(carry)
+        hidden, count = self.hidden, len(d_output)
+        factors, half = self.factors[:count].unflatten(2, (4, hidden)), self.half[:count]
+        each, whole, halves = factors.unbind(0), self.factors.unbind(0), half.unbind(0)
+        of_h, of_output = half[..., hidden:].unbind(0), d_output.unbind(0)
+        of_z, save = z.unbind(0), self.dq.unbind(0)
+        back_to_h, back_to_q = self.back_to_h, self.back_to_q
+        for k in range(count) if self.reverse else range(count - 1, -1, -1):
+            dh = torch.add(carry, of_output[k])
             if dq is not None:
-                dh.addmm_(dq, v) if half is None else dh.add_(torch.mm(dq, v))
-            each[k].mul_(dh)
-            torch.mul(dh, z[k], out=carry)
-            if half is not None:
-                operands[k].copy_(each[k])
-            dq = each_dq[k]
-            if apart:
-                rows.multiply_back(seen[k], uh, dq)
-            else:
-                torch.sum(torch.bmm(seen[k], uh, out=shared), 0, out=dq)
+                dh = back_to_h(dq, dh)
+            each[k].mul_(dh.unsqueeze(1))
+            torch.mul(dh, of_z[k], out=carry)
+            if self.mixed:
+                halves[k].copy_(whole[k])
+            dq = back_to_q(of_h[k])
+            save[k].copy_(dq)
         assert dq is not None
         return dq
 
-    def _gradients(self, start: int, end: int, d_zx: Tensor | None) -> None:
-        """Add the chunk to the gradients of the weights; write those of the inputs' codes."""
-        count = end - start
-        slab = (self.factors if self.half is None else self.half)[:, :count].flatten(1, 2)
-        flat = self.codes[start:end].flatten(0, 1)
-        rows.add_outer(self.d_of_x, flat[:, : self.inputs], slab[:M], self.ranks[0])
-        rows.add_outer(self.d_of_h, flat[:, self.inputs + 1 :], slab[R:], self.ranks[1])
-        self.d_bias.add_(self.factors[:, :count].sum((1, 2)))
+    def _gradients(self, start: int, end: int) -> None:
+        """Add the chunk to the gradients of the weights."""
+        count, hidden = end - start, self.hidden
+        slab = self.half[:count].flatten(0, 1)
+        of_x, of_h = slab[:, : 3 * hidden], slab[:, hidden:]
+        zx, q = (codes[start:end].flatten(0, 1) for codes in (self.zx, self.q))
         # The codes of h0 are q0, no product of V.
         part, before = self._before(start, end)[0]
         dq = self.dq[:count][part].flatten(0, 1).t()
-        if self.half is None:
-            self.dv.addmm_(dq, before.flatten(0, 1))
-        else:
-            self.dv.add_(torch.mm(dq, before.flatten(0, 1)))
-        if d_zx is not None:
-            rows.multiply_back(slab[:M], self.ux, d_zx)
+        parts = (
+            products.outer(zx, of_x, G, self.ranks[0]),
+            products.outer(q, of_h, G, self.ranks[1]),
+            self.factors[:count].sum((0, 1)),
+            products.multiply(dq, before.flatten(0, 1).t()),
+        )
+        if not self.totals:
+            self.totals = [part.to(self.h0.dtype) for part in parts]
+            return
+        for total, part in zip(self.totals, parts, strict=True):
+            total.add_(part)
 
 
 @_backward.register_fake
-def _(d_output, output, slab, codes, ux, uh, bx, bh, v, h0, reverse, wants_input):  # pyright: ignore
-    (steps, batch, _), width = output.shape, v.shape[0]
-    inputs = codes.shape[2] - 1 - width
-    d_zx = codes.new_empty((steps, batch, inputs) if wants_input else (0,))
+def _(d_output, output, slab, codes, ux, uh, bx, bh, v, h0, reverse, wanted):  # pyright: ignore
+    (steps, batch, both), width = codes.shape, len(v)
+    d_zx = codes.new_empty((steps, batch, both - width) if wanted else 0)
     parts = (torch.empty_like(p) for p in (ux, uh, bx, bh, v))
     return [d_zx, *parts, codes.new_empty(batch, width), torch.empty_like(h0)]
 

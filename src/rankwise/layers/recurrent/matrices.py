@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rankwise.errors import FactorizeError
 from rankwise.layers.adapted import AdaptedLayer
 from rankwise.layers.linear import LowRankLinear
+from rankwise.layers.recurrent.products import encode
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Matrix:
 
     def encode(self, x: Tensor) -> Tensor:
         """The codes V x of rows x (..., N); x itself for a dense matrix."""
-        return x if self.v is None else F.linear(x, self.v)
+        return x if self.v is None else encode(x, self.v)
 
     def product(self) -> Tensor:
         """W, formed if need be; differentiable."""
