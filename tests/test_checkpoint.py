@@ -41,6 +41,7 @@ class Held:
     bare: nn.Module = field(default_factory=lambda: nn.Linear(3, 4))
     step: int = 7
     state: dict[str, Any] = field(default_factory=dict)
+    methods: tuple[Any, ...] = ()
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, **self.state}
@@ -402,6 +403,7 @@ from rankwise import checkpoint, storage
 torch.set_num_threads(1)
 
 class Held:
+    methods = ()
     def __init__(self, step): self.bare, self.step = nn.Linear(3, 4), step
     def state_dict(self): return {}
 

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from rankwise import __version__, composition, distributed, sharding, storage
 from rankwise.errors import CheckpointError, LifeCycleError, unknown
+from rankwise.layers import adapted_layers
 from rankwise.method import Method
 from rankwise.optim.projected.int8 import decode_all
 from rankwise.optim.projected.states import weights_in_place_of_proxies
@@ -28,6 +29,8 @@ from rankwise.structure import read_plan
 
 class Saveable(Protocol):
     """What is saved of a run."""
+
+    methods: tuple[Method, ...]
 
     @property
     def bare(self) -> nn.Module:
@@ -56,6 +59,8 @@ class Checkpoint:
             copies their values into each parameter's own memory format.
         extra: what the training loop gave to `save`: recipe, scheduler, position in the data.
         random: worker -> state of its random number generators.
+        apart: worker -> run and weights of its own, but for worker 0, where workers train apart
+            (`Method.trains_apart`); None where they hold the same.
         meta: what meta.json says: versions, step, workers, plan, recipe.
     """
 
@@ -66,6 +71,24 @@ class Checkpoint:
     extra: dict[str, Any] = field(repr=False)
     random: dict[int, dict[str, Any]] = field(repr=False)
     meta: dict[str, Any] = field(repr=False)
+    apart: dict[int, dict[str, Any]] | None = field(default=None, repr=False)
+
+    def of_this_worker(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """State of the run and weights, as this worker had them.
+
+        Raises:
+            CheckpointError: workers trained apart, and there were fewer or more than now.
+        """
+        if self.apart is None:
+            return self.run, self.weights
+        saved, now = len(self.random), distributed.workers()
+        if saved != now:
+            raise CheckpointError(
+                f"{self.path} was saved by {saved} worker(s) that train apart, each with a head "
+                f"and moments of its own, and there are {now} now; resume with {saved} worker(s)"
+            )
+        own = self.apart.get(distributed.worker(), {"run": self.run, "weights": {}})
+        return own["run"], {**self.weights, **own["weights"]}
 
     def restore_random(self) -> None:
         """Put this worker's global generators where they were: torch, CUDA, random, NumPy.
@@ -159,13 +182,14 @@ def save(
     if keep < 1:
         raise CheckpointError(f"keep={keep} would leave no checkpoint; keep at least 1")
     states = dict(enumerate(distributed.gather(_random_state())))
-    content = _content(run)
+    content, apart = _content(run), _apart(run)
     final = Path(directory) / storage.name_of(run.step)
     failure = "it stopped while saving"
     try:
         if distributed.worker() == 0:
             weights, progress = content or (decode_all(run.bare.state_dict()), run.state_dict())
             state = {"run": progress, "extra": dict(extra or {}), "random": states}
+            state |= apart
             storage.write(final, weights, state, _describe(run, state))
             storage.prune(final, keep)
         failure = ""
@@ -185,6 +209,23 @@ def _content(run: Saveable) -> tuple[dict[str, Any], dict[str, Any]] | None:
     if not any(map(sharding.is_sharded, run.bare.parameters())):
         return None
     return sharding.whole(dict(run.bare.state_dict())), sharding.whole(run.state_dict())
+
+
+def _apart(run: Saveable) -> dict[str, Any]:
+    """What other workers than worker 0 have of their own, if they train apart; on worker 0."""
+    if not any(method.trains_apart for method in run.methods):
+        return {}
+    heads = {
+        p
+        for layer in adapted_layers(run.bare).values()
+        for p in (*layer.heads.parameters(), *(layer.merged or nn.ModuleList()).parameters())
+    }
+    places = run.bare.named_parameters(remove_duplicate=False)
+    same = {name for name, p in places if not p.requires_grad and p not in heads}
+    mine = {name: value for name, value in run.bare.state_dict().items() if name not in same}
+    own = {"run": run.state_dict(), "weights": mine} if distributed.worker() else None
+    everyone = distributed.collect(own)
+    return {"apart": {n: one for n, one in enumerate(everyone) if n}}
 
 
 def _describe(run: Saveable, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,7 +300,8 @@ def _read(path: Path) -> Checkpoint:
     run, extra, states = (state.get(key) for key in ("run", "extra", "random"))
     if not (isinstance(run, dict) and isinstance(extra, dict) and isinstance(states, dict)):
         raise CheckpointError(f"{path / storage.STATE} holds no run of this library: refused")
-    return Checkpoint(path, int(meta["step"]), run, weights, extra, states, meta)
+    apart = state.get("apart")
+    return Checkpoint(path, int(meta["step"]), run, weights, extra, states, meta, apart)
 
 
 def _foreign(path: Path) -> str:

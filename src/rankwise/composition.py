@@ -13,13 +13,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from rankwise import sharding
+from rankwise import distributed, sharding
 from rankwise.errors import CompositionError, LifeCycleError, OptionError
 from rankwise.isolation import untraced
 from rankwise.method import Change, Method
 from rankwise.optim.groups import held_by
 from rankwise.optim.projected.gradient import Proxy
 from rankwise.optim.projected.probe import depends_on_values, mixes_rows, refuse_unnamed
+from rankwise.updates.workers import AVERAGED
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,17 @@ def check_model(model: nn.Module, methods: Sequence[Method]) -> None:
                 f"factorise, as {type(method).__name__} would; use DDP through wrap=, factorise "
                 "before sharding, or take a method of low-rank gradients"
             )
+
+
+def check_wrapper(model: Any, methods: Sequence[Method]) -> None:
+    """Refuse a wrapper that averages gradients over workers that train apart.
+
+    Raises:
+        LifeCycleError: naming the method.
+    """
+    for method in methods:
+        if method.trains_apart and distributed.averages_gradients(model):
+            raise LifeCycleError(f"{type(method).__name__}: {AVERAGED}")
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
@@ -188,6 +200,11 @@ def check_proxies(methods: Sequence[Method], optimizer: Optimizer) -> None:
                 "they are stored in codes of bitsandbytes; take moments='keep', or the 8-bit "
                 "optimizers of torchao"
             )
+
+
+def behind_the_step(methods: Sequence[Method]) -> list[Method]:
+    """The order in which they react to a step: those that complete it by lifting proxies first."""
+    return sorted(methods, key=lambda method: "low-rank gradients" not in method.provides)
 
 
 def check_step(closure: object = None, *others: object, **keywords: object) -> None:

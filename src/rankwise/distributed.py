@@ -117,6 +117,13 @@ def bare(model: Any) -> nn.Module:
             return model
 
 
+def averages_gradients(model: Any) -> bool:
+    """Whether there is a DistributedDataParallel among a model's wrappers; not a collective."""
+    inner = model._current if isinstance(model, ModelHandle) else model
+    compiled = inner._modules.get("_orig_mod") if isinstance(inner, nn.Module) else None
+    return isinstance(inner if compiled is None else compiled, DistributedDataParallel)
+
+
 def gather(value: T) -> list[T]:
     """Every worker's value, in the order of workers; small picklable values only."""
     if workers() == 1:
@@ -166,6 +173,11 @@ def _around(text: str, start: int, width: int = 60) -> str:
     return repr(head + text[first : first + width] + tail)
 
 
+def _agree_on_shapes(tensors: Sequence[Tensor]) -> None:
+    shapes = "; ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
+    agree(shapes, f"the shapes of the {len(tensors)} tensors to share")
+
+
 @torch.no_grad()
 def broadcast_(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors by worker 0's, in place; any dtype, also non-contiguous ones.
@@ -179,8 +191,7 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
     tensors = list(tensors)
     if workers() == 1:
         return
-    shapes = "; ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
-    agree(shapes, f"the shapes of the {len(tensors)} tensors to share")
+    _agree_on_shapes(tensors)
     for bucket in _buckets(tensors):
         flat = torch.cat([t.reshape(-1) for t in bucket])
         # As bytes, because gloo knows neither bool nor complex numbers.
@@ -206,6 +217,46 @@ def sum_(tensors: Iterable[Tensor]) -> None:
         parts = total.to(flat.device).split([t.numel() for t in bucket])
         for tensor, values in zip(bucket, parts, strict=True):
             tensor.copy_(values.view(tensor.shape))
+
+
+@torch.no_grad()
+def gather_tensors(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Copies of every worker's tensors, in the order of workers.
+
+    Args:
+        tensors: as many, of the same shapes and dtypes, on every worker.
+
+    Raises:
+        WorkersDisagreeError: shapes or dtypes differ between workers.
+    """
+    tensors = list(tensors)
+    if workers() == 1:
+        return [[t.detach().clone() for t in tensors]]
+    _agree_on_shapes(tensors)
+    copies = [[torch.empty_like(t) for t in tensors] for _ in range(workers())]
+    place = {id(t): i for i, t in enumerate(tensors)}
+    for bucket in _buckets(tensors):
+        flat = torch.cat([t.reshape(-1) for t in bucket])
+        travelling = flat.view(torch.uint8).to(_device_for(flat))
+        arrived = [torch.empty_like(travelling) for _ in range(workers())]
+        dist.all_gather(arrived, travelling)
+        for own, values in zip(copies, arrived, strict=True):
+            parts = values.to(flat.device).view(flat.dtype).split([t.numel() for t in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                own[place[id(tensor)]].copy_(part.view(tensor.shape))
+    return copies
+
+
+def collect(value: T) -> list[T]:
+    """Every worker's value on worker 0, in the order of workers; nothing on the others.
+
+    Values travel pickled, between the workers of a group alone.
+    """
+    if workers() == 1:
+        return [value]
+    values: list[Any] | None = [None] * workers() if worker() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
 
 
 def broadcast_parameters(

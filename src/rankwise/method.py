@@ -150,6 +150,7 @@ class Context:
         seed: of the methods' own random numbers.
         trace: how the model executes; None until a forward was seen.
         options: what holds for a parameter in the optimizer; None until there is one.
+        apart: whether workers train apart, so that nothing may average gradients over them.
         lr_factor: product of all methods' `lr_scale` at the step under way.
         report: puts an event (a dict of numbers and strings with an "event") on the run's record.
     """
@@ -159,6 +160,7 @@ class Context:
     seed: int = 0
     trace: Trace | None = None
     options: GroupOptions | None = None
+    apart: bool = False
     lr_factor: float = 1.0
     report: Callable[[dict[str, Any]], None] = lambda event: None
 
@@ -212,6 +214,14 @@ class Method:
     conflicts: ClassVar[Mapping[str, str]] = {}
 
     _context: Context | None = None
+
+    @property
+    def trains_apart(self) -> bool:
+        """Whether data-parallel workers train by themselves, each with values of its own.
+
+        Then nothing may average gradients over them, and checkpoints hold what every one has.
+        """
+        return False
 
     @property
     def context(self) -> Context:

@@ -69,13 +69,11 @@ def start(
         sample: an example input (tensor, tuple of arguments, dict of keywords); without it the
             first training forward is watched for execution order and shapes.
         clip_norm: clip the gradients' global norm before the methods see them.
-        wrap: applied to the bare model now and again after every structural change; `run.model`
-            is then a stable handle.
+        wrap: applied to the bare model now and after every structural change; see `Run.model`.
         probe: a loss of the model; recorded just before and after every structural change. Modes
             and torch's random state are put back after it.
-        calibrate: a function that returns some batches of inputs (as `sample`, those of training):
-            called after every structural change, to gather BatchNorm's running statistics anew.
-            Without it they adapt in the steps that follow.
+        calibrate: returns some batches of inputs (as `sample`, those of training), from which
+            BatchNorm's statistics are gathered anew after a structural change; else they adapt.
         on_event: called with every event (a dict of numbers and strings).
         hooks: False for loops that call `run.before_step` and `run.after_step` themselves.
         seed: of the methods' own random numbers.
@@ -97,7 +95,8 @@ def start(
     composition.check_model(model, methods)
     composition.check_clip_norm(clip_norm)
     check_calibrate(calibrate)
-    context = Context(steps_per_epoch, total_steps, seed)
+    apart = any(method.trains_apart for method in methods)
+    context = Context(steps_per_epoch, total_steps, seed, apart=apart)
     if sample is not None:
         context.trace = accounting.trace(model, sample)
     if isinstance(optimizer, Optimizer):
@@ -107,9 +106,9 @@ def start(
     for method in methods:
         method.attach(context)
     try:
-        run._adopt(optimizer, NO_CHANGE if saved is not None else run._prepare())
+        run._adopt(optimizer, [] if saved is not None else run._prepare())
         if saved is not None:
-            run.load_state_dict(saved.run, saved.weights)
+            run.load_state_dict(*saved.of_this_worker())
             run.resumed = saved
         run._begin(hooks)
     except BaseException:
@@ -206,7 +205,7 @@ class Run:
         self.step += 1
         total = NO_CHANGE
         with ordinary_mode():
-            for method in self.methods:
+            for method in composition.behind_the_step(self.methods):
                 began = time.perf_counter()
                 change = method.after_step(self.bare, self.step)
                 if change:
@@ -311,33 +310,33 @@ class Run:
         return names
 
     def _adopt(
-        self, optimizer: Optimizer | Callable[[nn.Module], Optimizer], prepared: Change
+        self, optimizer: Optimizer | Callable[[nn.Module], Optimizer], prepared: list[Change]
     ) -> None:
         given = isinstance(optimizer, Optimizer)
         self.optimizer = optimizer if given else composition.made_by(optimizer, self.bare)
         composition.check_proxies(self.methods, self.optimizer)
         for method in self.methods:
             open_roles(self.optimizer, method.roles())
-        if prepared:
-            moments = rebind(self.optimizer, prepared, self._names())
-            settle(self.optimizer, prepared)
+        for change in filter(None, prepared):
+            moments = rebind(self.optimizer, change, self._names())
+            settle(self.optimizer, change)
             if given:
-                composition.warn_of_losses(prepared, moments.outside)
+                composition.warn_of_losses(change, moments.outside)
         self.context.options = Options(self.optimizer)
         self._lr = LearningRateScale(self.optimizer)
         composition.leave_skipping_to_the_scaler(self.optimizer)
 
-    def _prepare(self) -> Change:
-        total = NO_CHANGE
+    def _prepare(self) -> list[Change]:
+        changes: list[Change] = []
         for position, method in enumerate(self.methods):
             change = self._amended(method.prepare(self.bare))
             if change:  # methods that are not prepared yet have seen nothing else
                 for earlier in self.methods[:position]:
                     earlier.on_change(self.bare, change)
-            total = total | change
-        if total.modules:  # of a pretrained model
+            changes.append(change)
+        if any(change.modules for change in changes):  # of a pretrained model
             gather_statistics(self.bare, self.calibrate, only_stale=True)
-        return total
+        return changes
 
     def _amended(self, change: Change) -> Change:
         for method in self.methods if change else ():
@@ -356,6 +355,7 @@ class Run:
             self._watcher = accounting.watch(self.bare)
         if self._handle is not None:
             self._handle.wrap_again()
+        composition.check_wrapper(self.model, self.methods)
         self._log.announce(self.plan, self.step)
         composition.warn_of_missed_switches(self.methods, self.context.total_steps)
         if hooks:
@@ -395,6 +395,6 @@ class Run:
                 other.on_change(self.bare, change)
         if self._handle is not None:
             self._handle.wrap_again()
-        elif distributed.workers() > 1:
+        elif distributed.workers() > 1 and not self.context.apart:
             names = self._names()
             self._unproven = [(names[p], p) for p in new if p in names]

@@ -74,7 +74,7 @@ def train(
             total_steps=recipe.epochs * steps_per_epoch,
             sample=sample,
             clip_norm=recipe.clip_norm,
-            wrap=setup.wrapper(recipe),
+            wrap=setup.wrapper(recipe, methods),
             probe=loop.probe,
             calibrate=loop.calibration,
             on_event=loop.on_event,

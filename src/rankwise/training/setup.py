@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,10 +108,16 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     return kind(held, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
 
 
-def wrapper(recipe: Recipe) -> Callable[[nn.Module], nn.Module] | None:
-    """What goes around the bare model: DDP, torch.compile, or nothing."""
-    if distributed.workers() == 1 and not recipe.compile:
+def wrapper(recipe: Recipe, methods: Sequence[Method]) -> Callable[[nn.Module], nn.Module] | None:
+    """What goes around the bare model: DDP, torch.compile, or nothing.
+
+    Workers that train apart get no DDP.
+    """
+    apart = any(method.trains_apart for method in methods)
+    if (distributed.workers() == 1 or apart) and not recipe.compile:
         return None
+    if apart:
+        return lambda model: torch.compile(model)  # pyright: ignore[reportReturnType]
     return lambda model: distributed.wrap(model, compile=recipe.compile)
 
 

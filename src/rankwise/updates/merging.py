@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def merge_(
     generator: torch.Generator,
     *,
     rounding: str = "stochastic",
-    updates: Mapping[str, Tensor] | None = None,
+    update_of: Callable[[str], Tensor] | None = None,
 ) -> None:
     """W <- W + open update, in float32; weights that layers share are written once.
 
@@ -31,7 +31,7 @@ def merge_(
         generator: of stochastic rounding.
         rounding: of half-precision weights, "stochastic" (right in the mean, however small the
             update) or "nearest".
-        updates: what to add instead of each layer's own open update.
+        update_of: gives, by name, what to add instead of a layer's own open update.
     """
     written: set[Parameter] = set()
     for name, layer in layers.items():
@@ -39,7 +39,7 @@ def merge_(
         if weight in written:
             continue
         written.add(weight)
-        update = layer.open_update() if updates is None else updates[name]
+        update = layer.open_update() if update_of is None else update_of(name)
         exact = update.add_(weight)
         if rounding == "stochastic" and weight.dtype in _HALF:
             stochastic_(weight, exact.float(), generator)

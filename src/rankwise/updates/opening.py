@@ -35,6 +35,7 @@ class Opening:
         draw: how V begins.
         dtype: of the factors; None for that of the weight.
         split: an update for each part of a fused projection, as in `layers.Form`.
+        skip: draws of V to pass over, see `AdaptedLayer.restart_`.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class Opening:
     draw: str = "kaiming"
     dtype: torch.dtype | None = None
     split: bool = False
+    skip: int = 0
 
 
 def scale_from_alpha(alpha: float, rank: int, *, stabilized: bool = False) -> float:
@@ -108,7 +110,7 @@ def adapt(
             dropout=opening.dropout,
             chunks=chunks,
         )
-        layer.restart_(opening.draw, draw(name))
+        layer.restart_(opening.draw, draw(name), skip=opening.skip)
         return layer
 
     return factorize_layers(model, dict.fromkeys(chosen, opening.rank), make, form)

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from torch.nn import Parameter
 
-from rankwise import closing
+from rankwise import closing, distributed
 from rankwise.candidates import survey
-from rankwise.errors import PlanError
+from rankwise.errors import LifeCycleError, PlanError
 from rankwise.layers import AdaptedLayer, Form, adapted_layers, low_rank_class
 from rankwise.layers.adapted import Chunks
 from rankwise.method import Change, Context
@@ -24,6 +24,7 @@ from rankwise.updates.opening import (
     freeze_others,
     scale_from_alpha,
 )
+from rankwise.updates.workers import WorkerHeads
 
 
 class Updates:
@@ -37,6 +38,7 @@ class Updates:
         others: what else goes on learning.
         rounding: of merges.
         chunks: how batches are divided among heads, or None.
+        apart: every worker has a head of its own, see `updates.workers`.
         options: attributes to set on every layer: `own_mean`, `evaluates_open`.
     """
 
@@ -50,11 +52,13 @@ class Updates:
         *,
         rounding: str = "stochastic",
         chunks: Chunks | None = None,
+        apart: bool = False,
         **options: Any,
     ) -> None:
         self.context, self.opening = context, opening
         self.selected, self.others, self.rounding = (layers, exclude), others, rounding
-        self.chunks, self.options = chunks, options
+        self.chunks, self.apart, self.options = chunks, apart, options
+        self.workers: WorkerHeads | None = None
         self.layers: dict[str, AdaptedLayer] = {}
         self._frozen: tuple[Parameter, ...] = ()
         self._watch: Any = None
@@ -78,6 +82,7 @@ class Updates:
             "draw": method.init,
             "dtype": factors_dtype(method.dtype),
             "split": method.split,
+            "skip": distributed.worker() if method.trains_apart else 0,
         }
         return cls(
             context,
@@ -87,6 +92,7 @@ class Updates:
             method.others,
             rounding=getattr(method, "rounding", "stochastic"),
             chunks=chunks,
+            apart=method.trains_apart,
             own_mean=getattr(method, "own_mean", True),
             evaluates_open=getattr(method, "evaluate_open", True),
         )
@@ -107,6 +113,8 @@ class Updates:
 
     def open(self, model: nn.Module, step: int = 0) -> Change:
         """Open the updates; what does not learn any more leaves the optimizer."""
+        if self.apart:  # there is no wrapper that would do it
+            distributed.broadcast_([p.data for p in model.parameters()] + list(model.buffers()))
         change = adapt(
             model,
             self.opening,
@@ -131,9 +139,21 @@ class Updates:
         return change | Change(frozen=self._frozen)
 
     def resume(self, model: nn.Module) -> Change:
-        """Take up the updates that a restored structure has."""
+        """Take up the updates that a restored structure has.
+
+        Raises:
+            LifeCycleError: it has other heads than this run.
+        """
         if not adapted_layers(model):
             return Change()
+        asked = (self.opening.heads, self.opening.anchored)
+        for name, layer in adapted_layers(model).items():
+            if (len(layer.heads), layer.merged is not None) != asked:
+                raise LifeCycleError(
+                    f"{name} has {len(layer.heads)} head(s) in the saved run, this one asks for "
+                    f"{asked[0]}, or heads work together in another way; resume with the method's "
+                    "options of the saved run"
+                )
         self._begin(model)
         return Change(frozen=self._frozen)
 
@@ -146,10 +166,16 @@ class Updates:
                 setattr(layer, name, value)
         if self.chunks is not None:
             self._watch = self.chunks.watch(model)
+        if self.apart:
+            self.workers = WorkerHeads(model, self.layers)
 
     def merge(self, step: int) -> None:
         """Fold what is open into the weights, and let the heads go on from there."""
-        merge_(self.layers, self.context.generator(step, "merge"), rounding=self.rounding)
+        generator = self.context.generator(step, "merge")
+        if self.workers is not None:
+            self.workers.merge(step, generator, self.rounding)
+            return
+        merge_(self.layers, generator, rounding=self.rounding)
         for layer in self.layers.values():
             layer.anchor_()
 
@@ -167,6 +193,9 @@ class Updates:
 
     def close(self, model: nn.Module) -> Change:
         """Merge the updates and put the dense layers back; all learns again that did before."""
+        if self.workers is not None:
+            self.merge(-1)
+            self.workers.clear()
         self.release()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
@@ -178,3 +207,6 @@ class Updates:
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
+        if self.workers is not None:
+            self.workers.release()
+            self.workers = None

@@ -43,6 +43,7 @@ class AdaptedLayer(nn.Module):
         chunks: how a batch is divided among the heads; None where every head sees all of it.
         own_mean: whether a chunk's head gets the gradient of its chunk's mean loss, which is H
             times as large as its part in that of the batch.
+        gain: factor on the gradients of the factors alone.
         evaluates_open: whether evaluation adds what is not merged yet, as the mean of the heads.
         trained: whether the base's weight was trained before it was frozen.
     """
@@ -65,7 +66,7 @@ class AdaptedLayer(nn.Module):
         self.merged = nn.ModuleList([_blank(h) for h in heads]) if anchored else None
         self.base: Any = base
         self.scale, self.dropout, self.chunks = scale, dropout, chunks
-        self.own_mean, self.evaluates_open = True, True
+        self.own_mean, self.evaluates_open, self.gain = True, True, 1.0
         self.trained = base.weight.requires_grad
         base.weight.requires_grad_(False)
         self.train(base.training)
@@ -141,14 +142,16 @@ class AdaptedLayer(nn.Module):
         if self._closed():
             return self.base(x)
         if self.chunks is None or not self.training:
-            return self._with_heads(x, range(len(self.heads)), 1.0)
+            return self._with_heads(x, range(len(self.heads)), self.gain)
         sizes, dim, total = self.chunks.sizes(x), self.chunks.dim, len(self.heads)
         if len(set(sizes)) == 1 and dim == 0 and self._plain():
-            gain = float(total) if self.own_mean else 1.0
+            gain = self.gain * (total if self.own_mean else 1.0)
             return adapted_linear(x, *self._dense(), *self._stacked(), self.scale, gain)
         rows = sum(sizes)
         parts = [
-            self._with_heads(part, [n], rows / part.shape[dim] if self.own_mean else 1.0)
+            self._with_heads(
+                part, [n], self.gain * (rows / part.shape[dim] if self.own_mean else 1.0)
+            )
             for n, part in enumerate(torch.split(x, sizes, dim))
         ]
         return torch.cat(parts, dim)
@@ -245,15 +248,8 @@ class AdaptedLayer(nn.Module):
 
         In float32 or better.
         """
-        us, vs = [], []
-        for n in range(len(self.heads)):
-            for head, sign in self._terms(n):
-                u, *core, v = head.factors()
-                us.append((u @ core[0] if core else u) * sign)
-                vs.append(v)
-        first: Any = self.heads[0]
-        product = torch.cat(us, -1) @ torch.cat(vs, -2)  # one product for all heads
-        return first.as_weight(product.mul_(self.scale / len(self.heads)))
+        terms = [term for n in range(len(self.heads)) for term in self._terms(n)]
+        return sum_of_products(terms).mul_(self.scale / len(self.heads))
 
     @torch.no_grad()
     def anchor_(self) -> None:
@@ -263,10 +259,13 @@ class AdaptedLayer(nn.Module):
                 anchor.load_state_dict(head.state_dict())
 
     @torch.no_grad()
-    def restart_(self, draw: str, generator: torch.Generator) -> None:
-        """Set every U to zero and draw every V anew, see `draw_update`."""
-        for head in self.heads:
-            assert isinstance(head, LowRankLayer)
+    def restart_(self, draw: str, generator: torch.Generator, *, skip: int = 0) -> None:
+        """Set every U to zero and draw every V anew, see `draw_update`.
+
+        `skip` draws are passed over: those of the heads that the workers before this one have.
+        """
+        heads: Any = self.heads
+        for head in (*[heads[0]] * skip, *heads):
             draw_update(head, draw, generator)
         self.anchor_()
 
@@ -303,6 +302,7 @@ class AdaptedLayer(nn.Module):
             own.v, own.core, own.u.weight = other.v, other.core, other.u.weight
         layer.trained = self.trained
         layer.own_mean, layer.evaluates_open = self.own_mean, self.evaluates_open
+        layer.gain = self.gain
         return layer
 
     def taken_from(self, dense: Any) -> Change:
@@ -312,7 +312,9 @@ class AdaptedLayer(nn.Module):
 
     def given_back(self) -> Change:
         """The weight takes the place of the heads again."""
-        first, *others = self.new_parameters()
+        # A basis that is frozen has no place in the optimizer to give back.
+        learning = [p for p in self.new_parameters() if p.requires_grad]
+        first, *others = learning or self.new_parameters()
         gone = dict.fromkeys(others, Successors(()))
         return Change(replaced={first: Successors((self.base.weight,)), **gone})
 
@@ -344,6 +346,19 @@ def _u(head: Any) -> Tensor:
     """U (O, R); of blocks the block-diagonal (O, B R)."""
     u: Tensor = head.u.weight
     return u if head.blocks == 1 else torch.block_diag(*u.chunk(head.blocks))
+
+
+def sum_of_products(terms: Iterable[tuple[Any, float]]) -> Tensor:
+    """U_1 V_1 + ... of low-rank layers of one shape with a sign each, as one product.
+
+    In the shape of the weight; in float32 or better.
+    """
+    terms, us, vs = list(terms), [], []
+    for layer, sign in terms:
+        u, *core, v = layer.factors()
+        us.append((u @ core[0] if core else u) * sign)
+        vs.append(v)
+    return terms[0][0].as_weight(torch.cat(us, -1) @ torch.cat(vs, -2))
 
 
 def _head(

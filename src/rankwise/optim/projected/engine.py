@@ -7,6 +7,7 @@ backward produces them; what a proxy has become after the step is lifted and add
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import Parameter
 
 from rankwise import distributed, sharding
 from rankwise.errors import LifeCycleError, OptionError
+from rankwise.layers import adapted_layers
 from rankwise.method import Change, Context, Successors
 from rankwise.optim.projected.choices import Choices
 from rankwise.optim.projected.gradient import LowRankGrad
@@ -61,6 +63,8 @@ class ProjectedGradients:
             )
             for name, weight in weights.items()
         }
+        adapted = adapted_layers(model).values()
+        self._factors = {p for layer in adapted for p in layer.heads.parameters()}
         self.bases.turns = {name: i for i, name in enumerate(weights)}
         self._moved: list[tuple[ProjectedMatrix, LowRankGrad, Tensor | None]] = []
         self._checked = False
@@ -68,7 +72,7 @@ class ProjectedGradients:
         for matrix in self.matrices.values():
             matrix.watch()
         whole = {n: w for n, w in weights.items() if not sharding.is_sharded(w)}
-        if distributed.workers() > 1 and whole:
+        if distributed.workers() > 1 and whole and not context.apart:
             self.mean = WorkerMean(model, whole, self._held_tensors)
 
     def _held_tensors(self) -> Iterable[Tensor]:
@@ -94,6 +98,39 @@ class ProjectedGradients:
     def parameter_names(self) -> dict[Parameter, str]:
         """The proxies, named after their weights."""
         return {m.proxy: f"{name}.projected" for name, m in self.matrices.items()}
+
+    def follow(self, change: Change) -> Change:
+        """Another method's change, with proxies in the places of the weights that they stand for.
+
+        A weight that is frozen or replaced is projected no longer. One whose values are new gets a
+        new basis and forgets all moments, which spoke of the old one, whatever part of them the
+        change would keep; with all of them the basis stays too.
+        """
+        stand_ins: dict[Parameter, Parameter] = {}
+        leaving: list[Parameter] = []
+        frozen, rewritten = set(change.frozen), dict(change.rewritten)
+        for name, matrix in list(self.matrices.items()):
+            weight, proxy = matrix.weight, matrix.proxy
+            behind = change.added.get(weight)
+            if behind is not None and proxy in set(behind.parameters):  # this engine's own change
+                continue
+            if weight in frozen or weight in change.replaced:
+                self.matrices.pop(name).release()
+                stand_ins[weight] = proxy
+                leaving += [proxy] if weight in frozen else []
+            keep = rewritten.pop(weight, None)
+            if keep is not None:
+                whole = not isinstance(keep, Tensor) and keep >= 1
+                rewritten[proxy] = 1.0 if whole else 0.0
+                if not whole:
+                    matrix.forget()
+        return replace(
+            change,
+            added={stand_ins.get(p, p): new for p, new in change.added.items()},
+            replaced={stand_ins.get(p, p): new for p, new in change.replaced.items()},
+            frozen=(*change.frozen, *leaving),
+            rewritten=rewritten,
+        )
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -176,6 +213,9 @@ class ProjectedGradients:
             LifeCycleError: it is of other matrices.
         """
         saved = state_dict["matrices"]
+        for name in [n for n, m in self.matrices.items() if m.weight in self._factors]:
+            if name not in saved:  # of an update that was opened while others were projected
+                self.matrices.pop(name).release()
         if saved.keys() != self.matrices.keys():
             other = sorted(saved.keys() ^ self.matrices.keys())
             raise LifeCycleError(
@@ -194,7 +234,7 @@ class ProjectedGradients:
             return
         self._checked = True
         outside = [name for name, m in self.matrices.items() if not self.bases.options(m)]
-        if len(outside) == len(self.matrices):
+        if outside and len(outside) == len(self.matrices):
             raise LifeCycleError(
                 f"the optimizer holds none of the {len(outside)} selected matrices, {outside[0]} "
                 "among them; select layers that it trains"

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn import Parameter
 
-from rankwise.errors import LifeCycleError
+from rankwise.errors import LifeCycleError, SelectionError
+from rankwise.layers import adapted_layers
 from rankwise.method import NO_CHANGE, Change, Method
 from rankwise.optim.projected.engine import ProjectedGradients
 from rankwise.optim.projected.selection import select_matrices
@@ -32,12 +33,21 @@ def projected(cls: M) -> M:
 
     def prepare(self: Any, model: nn.Module) -> Change:
         """Choose the weights, watch their gradients, and put proxies into the optimizer."""
-        choices = self.choices()
-        weights = select_matrices(
-            model, choices.rank_of, self.layers, self.exclude, trace=self.context.trace
-        )
-        self.engine = ProjectedGradients(model, weights, choices, self.context)
-        return self.engine.begin()
+        return _begin(self, model, _select(self, model))
+
+    def resume(self: Any, model: nn.Module) -> Change:
+        """Choose the weights again, as far as no update that was opened since has frozen them."""
+        try:
+            return _begin(self, model, _select(self, model))
+        except SelectionError:
+            if not adapted_layers(model):
+                raise
+            return _begin(self, model, {})
+
+    def amend(self: Any, model: nn.Module, change: Change) -> Change:
+        """Let proxies follow what other methods do to their weights."""
+        engine: ProjectedGradients | None = getattr(self, "engine", None)
+        return change if engine is None else engine.follow(change)
 
     def detach(self: Any) -> None:
         """Leave a run that could not be started: nothing watches gradients any more."""
@@ -75,9 +85,18 @@ def projected(cls: M) -> M:
         self.engine.load_state_dict(state_dict)
 
     cls.provides, cls.conflicts = _PROVIDES, _CONFLICTS
-    hooks = (prepare, detach, before_step, after_step, finalize, parameter_names, state_dict)
-    for hook in (*hooks, load_state_dict):
+    hooks = (prepare, amend, detach, before_step, after_step, finalize, parameter_names, state_dict)
+    for hook in (*hooks, resume, load_state_dict):
         setattr(cls, hook.__name__, hook)
-    setattr(cls, "resume", prepare)  # noqa: B010
     setattr(cls, "moments_rule", property(lambda self: self.choices().moments))  # noqa: B010
     return cls
+
+
+def _select(method: Any, model: nn.Module) -> dict[str, Parameter]:
+    rank_of, trace = method.choices().rank_of, method.context.trace
+    return select_matrices(model, rank_of, method.layers, method.exclude, trace=trace)
+
+
+def _begin(method: Any, model: nn.Module, weights: Mapping[str, Parameter]) -> Change:
+    method.engine = ProjectedGradients(model, weights, method.choices(), method.context)
+    return method.engine.begin()

@@ -142,6 +142,14 @@ class ProjectedMatrix:
         basis = basis.to(device, working_dtype(self.weight.dtype))
         self._bases[side] = basis if bits is None else LowBitBasis.of(basis, bits)
 
+    def forget(self) -> None:
+        """Be as before the first gradient: the weight's values are others."""
+        self._bases.clear()
+        self.memory.clear()
+        self.similar.clear()
+        self.next_refresh, self.period, self.failing = 0, 0, False
+        self.weight.grad = None
+
     def facing(self, side: str, tensor: Tensor) -> Tensor:
         """A matrix turned so that the side's basis multiplies it from the right."""
         return tensor.mT if side == "left" else tensor
