@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "others": "all", "dropout": 0.1},
     "lora-plus": {"ratio": 2.0},
     "lte": {"rank": 2, "heads": 4, "alpha": 4.0, "merge_every": 2},
+    "multi-head-galore": {"rank": 2, "heads": 4, "merge_every": 2, "moments": "rotate"},
     "relora": {"rank": 2, "warmup_steps": SWITCH, "restart_every": 3, "restart_warmup": 2},
     "qgalore": {"rank": 2, "every": 3},
 }

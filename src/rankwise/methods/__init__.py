@@ -17,6 +17,7 @@ from rankwise.methods.ldadam import LDAdam
 from rankwise.methods.lora import LoRA
 from rankwise.methods.lora_plus import LoRAPlus
 from rankwise.methods.lte import LTE
+from rankwise.methods.multi_head_galore import MultiHeadGaLore
 from rankwise.methods.pufferfish import Pufferfish
 from rankwise.methods.qgalore import QGaLore
 from rankwise.methods.relora import ReLoRA
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
     "lora-plus": LoRAPlus,
     "lte": LTE,
+    "multi-head-galore": MultiHeadGaLore,
     "pufferfish": Pufferfish,
     "qgalore": QGaLore,
     "relora": ReLoRA,
@@ -62,6 +64,7 @@ __all__ = [
     "LDAdam",
     "LoRA",
     "LoRAPlus",
+    "MultiHeadGaLore",
     "Pufferfish",
     "QGaLore",
     "ReLoRA",

@@ -3,5 +3,6 @@
 from rankwise.updates.merging import merge_
 from rankwise.updates.opening import Opening, adapt, scale_from_alpha
 from rankwise.updates.run import Updates
+from rankwise.updates.subspaces import HeadBases
 
-__all__ = ["Opening", "Updates", "adapt", "merge_", "scale_from_alpha"]
+__all__ = ["HeadBases", "Opening", "Updates", "adapt", "merge_", "scale_from_alpha"]

@@ -13,6 +13,9 @@ CONFLICTS: Mapping[str, str] = {
     "low-rank updates": "both would freeze the same weights and open updates of them",
     "low-rank weights": "a switch looks for dense weights where this one has opened updates",
 }
+ONE_FACTOR: Mapping[str, str] = {
+    "rates of the factors": "one factor is a basis that does not learn: nothing to balance"
+}
 ROUNDINGS = ("stochastic", "nearest")
 
 
