@@ -43,9 +43,7 @@ def to_dense(model: nn.Module) -> Change:
             )
         )
         dense.weight = twin.weight
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (OpenAttention, OpenRecurrent)):
-            changes.append(_close(model, name, module))
+    changes += [_close(model, name, home) for name, home in _homes(model).items()]
     return_to_fast_path(model)
     return merge(changes)
 
@@ -53,10 +51,13 @@ def to_dense(model: nn.Module) -> Change:
 def merge_updates(model: nn.Module) -> Change:
     """Fold every low-rank update into its weight and put the dense layer back.
 
+    Attentions and recurrent layers that were opened for updates, and hold nothing else that is
+    low-rank, are closed.
+
     Raises:
         SelectionError: the model itself is the adapted layer.
     """
-    changes, merged = [NO_CHANGE], set[Parameter]()
+    changes, merged, names = [NO_CHANGE], set[Parameter](), list[str]()
     for name, layer in adapted_layers(model).items():
         if not name:
             raise SelectionError("the model itself is the adapted layer; call its to_dense()")
@@ -68,7 +69,17 @@ def merge_updates(model: nn.Module) -> Change:
         dense = layer.to_dense()
         replace(model, name, dense)
         changes.append(layer.given_back() | Change(modules={name: (layer, dense)}))
+        names.append(name)
+    for name, home in _homes(model).items():
+        inside = any(merged_name.startswith(f"{name}.") for merged_name in names)
+        if inside and not low_rank_layers(home):
+            changes.append(_close(model, name, home))
     return merge(changes)
+
+
+def _homes(model: nn.Module) -> dict[str, OpenAttention | OpenRecurrent]:
+    kinds = (OpenAttention, OpenRecurrent)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def _close(model: nn.Module, name: str, opened: OpenAttention | OpenRecurrent) -> Change:

@@ -285,10 +285,15 @@ def warn_of_missed_switches(methods: Sequence[Method], last_step: int | None) ->
     for method in methods:
         switch = getattr(method, "switch_step", None)
         if isinstance(switch, int) and last_step < switch:
+            does = ("merges", "first merge")
+            if "low-rank updates" not in method.provides:
+                does = ("switches", "switch")
             logger.warning(
-                "%s never switches: the run ends after step %d, the switch is due after %d",
+                "%s never %s: the run ends after step %d, the %s is due after %d",
                 type(method).__name__,
+                does[0],
                 last_step,
+                does[1],
                 switch,
             )
 

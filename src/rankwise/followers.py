@@ -10,7 +10,7 @@ from torch import nn
 
 from rankwise import closing, structure, surgery
 from rankwise.errors import PlanError
-from rankwise.layers import KINDS, LowRankLayer
+from rankwise.layers import KINDS, AdaptedLayer, LowRankLayer
 from rankwise.method import Carry
 
 
@@ -68,7 +68,11 @@ def give_structure(model: nn.Module, copy: nn.Module, changed: Iterable[str] | N
         elif name in present and present[name] != plan[name]:
             raise PlanError(f"{name} is {present[name]} in the copy, {plan[name]} in the model")
 
-    def make(name: str, dense: nn.Module, stand_in: type[LowRankLayer], rank: int) -> LowRankLayer:
+    def make(
+        name: str, dense: nn.Module, stand_in: type[LowRankLayer], rank: int
+    ) -> LowRankLayer | AdaptedLayer:
+        if plan[name]["kind"] == AdaptedLayer.kind:
+            return _with_update(dense, plan[name], model.get_submodule(name))
         layer = KINDS[plan[name]["kind"]].from_spec(dense, plan[name])
         theirs: Any = model.get_submodule(name)
         if layer.norm is not None:
@@ -84,13 +88,23 @@ def give_structure(model: nn.Module, copy: nn.Module, changed: Iterable[str] | N
     surgery.factorize_layers(copy, fresh, make)
     _follow_ranks(model, copy, resized)
     for name in layers:
-        if name in present and name not in resized:
+        adapted = plan[name]["kind"] == AdaptedLayer.kind
+        if name in present and name not in resized and not adapted:
             layer: Any = copy.get_submodule(name)
             _fit(layer, model.get_submodule(name), layer)
     gone = [name for name in present if name not in plan]
     if gone:
         closing.to_dense(copy)
         give_structure(model, copy)
+
+
+def _with_update(dense: Any, spec: Mapping[str, Any], theirs: Any) -> AdaptedLayer:
+    """The copy's own dense layer, with the update that the model has opened."""
+    layer = AdaptedLayer.from_spec(dense, spec, KINDS[spec["of"]])
+    layer.heads.load_state_dict(theirs.heads.state_dict())
+    layer.evaluates_open = theirs.evaluates_open
+    layer.anchor_()
+    return layer
 
 
 def _follow_ranks(model: nn.Module, copy: nn.Module, ranks: Mapping[str, int]) -> None:

@@ -106,14 +106,21 @@ class Change:
         return [p for p in dict.fromkeys(new) if p not in self.replaced]
 
     def growth(self) -> int:
-        """How many more parameters the model stores after the change; negative when it shrank."""
-        gone = {p: p.numel() for p in self.replaced}
-        new = {
-            p: p.numel()
-            for s in (*self.replaced.values(), *self.added.values())
-            for p in s.parameters
-        }
-        return sum(new.values()) - sum(gone.values())
+        """How many more parameters the model stores after the change; negative when it shrank.
+
+        Parameters that only the optimizer holds, proxies say, are none of the model's.
+        """
+        between = {p for s in self.replaced.values() for p in s.parameters} & self.replaced.keys()
+        old: set[Parameter] = set()
+        new: set[Parameter] = set()
+        opened: list[str] = []
+        for name, (before, after) in self.modules.items():
+            # What stands in a module that was exchanged before it is new itself.
+            if not name.startswith(tuple(f"{parent}." for parent in opened)):
+                old |= set(before.parameters()) - between
+            new |= set(after.parameters()) - between
+            opened.append(name)
+        return sum(p.numel() for p in new - old) - sum(p.numel() for p in old - new)
 
     def __bool__(self) -> bool:
         return self.structural or bool(self.rewritten)
@@ -152,6 +159,7 @@ class Context:
         options: what holds for a parameter in the optimizer; None until there is one.
         apart: whether workers train apart, so that nothing may average gradients over them.
         lr_factor: product of all methods' `lr_scale` at the step under way.
+        followers: averaged copies of the model that take on its structure.
         report: puts an event (a dict of numbers and strings with an "event") on the run's record.
     """
 
@@ -162,6 +170,7 @@ class Context:
     options: GroupOptions | None = None
     apart: bool = False
     lr_factor: float = 1.0
+    followers: list[nn.Module] = field(default_factory=list)
     report: Callable[[dict[str, Any]], None] = lambda event: None
 
     def __post_init__(self) -> None:

@@ -150,7 +150,7 @@ class Run:
         context.report = self._log.record
         self.resumed: Checkpoint | None = None
         self._handle = None if wrap is None else ModelHandle(model, wrap)
-        self._followers: list[nn.Module] = []
+        self._followers = context.followers
         self._hooks: list[Any] = []
         self._unproven: list[tuple[str, nn.Parameter]] = []
         self._watcher: accounting.Watcher | None = None

@@ -153,6 +153,23 @@ def _statistics(record: Line) -> str:
     )
 
 
+def _updates(record: Line, _: History) -> tuple[str, str]:
+    layers, rank, heads = (finite(record, key) or 0 for key in ("layers", "rank", "heads"))
+    words = f"{plural(int(layers), 'layer')} frozen, with updates of rank {rank:.0f}"
+    words += f", {heads:.0f} heads" if heads > 1 else ""
+    parameters = pair(record, "parameters")
+    if parameters:
+        stored, learning = parameters
+        words += f"; {short(learning)} of {short(stored)} parameters learn"
+    return "updates", words
+
+
+def _merge(record: Line, _: History) -> tuple[str, str]:
+    reset = finite(mapping(record, "moments"), "reset")
+    words = f"{text(record, 'method') or 'a method'} folded its updates into the weights"
+    return "merge", words + (f"; {reset:,.0f} entries of moments set to zero" if reset else "")
+
+
 def _basis(record: Line, _: History) -> tuple[str, str]:
     count = finite(record, "matrices")
     matrices = "matrices" if count is None else plural(int(count), "matrix").replace("xs", "ces")
@@ -185,8 +202,10 @@ _TELLERS: Mapping[str, Callable[[Line, History], tuple[str, str]]] = {
     "ranks": _changed,
     "switch": _switch,
     "finalize": _switch,
+    "updates": _updates,
+    "merge": _merge,
     "basis kept": _basis,
     "resume": _resume,
 }
 # What is said while a run goes on; a switch is shown when its step time is known.
-_BY_THEMSELVES = frozenset({"plan", "gains", "settled", "ranks", "basis kept"})
+_BY_THEMSELVES = frozenset({"plan", "gains", "settled", "ranks", "updates", "merge", "basis kept"})

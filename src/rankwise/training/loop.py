@@ -90,6 +90,9 @@ def train(
         elif accounting.parameters(model).stored != dense[0][0]:
             loop.clock.new_phase()  # low-rank from the first step
         journal.start(recipe, splits, device, methods, saved, loop.run.plan)
+        for event in loop.run.events:  # before the first step: what has no plan to be shown
+            if event["event"] == "updates":
+                journal.report.decision(event)
         with listen() as stop:
             loop.fit(stop)
         return loop.finish(dense)

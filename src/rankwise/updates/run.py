@@ -171,13 +171,12 @@ class Updates:
 
     def merge(self, step: int) -> None:
         """Fold what is open into the weights, and let the heads go on from there."""
-        generator = self.context.generator(step, "merge")
         if self.workers is not None:
-            self.workers.merge(step, generator, self.rounding)
+            self.workers.merge(step, self.context.generator(step, "merge"), self.rounding)
             return
-        merge_(self.layers, generator, rounding=self.rounding)
-        for layer in self.layers.values():
-            layer.anchor_()
+        for layers in self._fold(step):
+            for layer in layers.values():
+                layer.anchor_()
 
     def restart(self, step: int) -> tuple[Parameter, ...]:
         """Fold what is open into the weights, and begin with new updates.
@@ -185,11 +184,21 @@ class Updates:
         Returns:
             The parameters whose values are new.
         """
-        merge_(self.layers, self.context.generator(step, "merge"), rounding=self.rounding)
-        for name, layer in self.layers.items():
+        own, *copies = self._fold(step)
+        for name, layer in own.items():
             layer.restart_(self.opening.draw, self.context.generator(step, name))
-        heads = (p for layer in self.layers.values() for p in layer.new_parameters())
+            for copied in copies:
+                copied[name].heads.load_state_dict(layer.heads.state_dict())
+                copied[name].anchor_()
+        heads = (p for layer in own.values() for p in layer.new_parameters())
         return tuple(dict.fromkeys(heads))
+
+    def _fold(self, step: int) -> list[dict[str, AdaptedLayer]]:
+        """Merge the updates of the model and of its averaged copies, each into its own weights."""
+        everywhere = [self.layers, *(adapted_layers(copy) for copy in self.context.followers)]
+        for layers in everywhere:
+            merge_(layers, self.context.generator(step, "merge"), rounding=self.rounding)
+        return everywhere
 
     def close(self, model: nn.Module) -> Change:
         """Merge the updates and put the dense layers back; all learns again that did before."""
