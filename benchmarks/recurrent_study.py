@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,16 @@ def table(record: Record) -> None:
             print(f"    seed {r['seed']}: {r['parameters'][0]:,} parameters, ranks {r['ranks']}")
 
 
+def plan(
+    record: Record, row: str, rates: Sequence[float], seeds: Sequence[int]
+) -> Iterator[tuple[float, int]]:
+    """The runs of a row: seed 0 at all rates, then all seeds at the best of them."""
+    yield from ((lr, 0) for lr in rates)
+    best = record.best(row)
+    assert best is not None
+    yield from ((best, seed) for seed in seeds)
+
+
 def spread(values: Sequence[float]) -> str:
     mean = f"{statistics.fmean(values):.3f}"
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
@@ -240,6 +250,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="show what is recorded, train nothing")
     parser.add_argument("--time", action="store_true", help="time the final networks in turns")
     parser.add_argument("--rounds", type=int, default=200, help="of --time")
+    parser.add_argument("--seconds", type=float, help="begin no run after so many")
     parser.add_argument("--smoke", action="store_true", help="one rate and epoch, one seed")
     return parser.parse_args(argv)
 
@@ -247,6 +258,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     torch.set_num_threads(1)
+    began = time.perf_counter()
     epochs = 1 if options.smoke else EPOCHS
     rates, seeds = (RATES[:1], SEEDS[:1]) if options.smoke else (RATES, SEEDS)
     splits = data.load_text(options.data, context=CONTEXT, level="characters")
@@ -263,12 +275,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         record.write(entry)
         record.times.append(entry)
     for row in () if options.table or options.time else options.rows:
-        for lr in rates:
-            record.get(row, options.data, lr, 0, epochs)
-        best = record.best(row)
-        assert best is not None
-        for seed in seeds:
-            record.get(row, options.data, best, seed, epochs)
+        for lr, seed in plan(record, row, rates, seeds):
+            late = time.perf_counter() - began > (options.seconds or math.inf)
+            if late and (row, lr, seed) not in record.runs:
+                print("time is up; the same command goes on from here")
+                return 3
+            record.get(row, options.data, lr, seed, epochs)
     table(record)
     return 0
 
