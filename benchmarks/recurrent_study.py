@@ -5,9 +5,10 @@
 
 A character LSTM (`lstm-char`: two layers of 256) reads 16 streams in windows of 64 for one epoch,
 with `rankwise.training.train`: AdamW, clipping at norm 1, warm-up and cosine to zero, the state
-handed over. The dense row and the one that is low-rank from the start are tuned: three learning
-rates a factor of 2 apart with seed 0, by validation loss; those that begin dense take the rate of
-the dense row. The seeds 0, 1, 2 at that rate are the row. The test part chooses nothing.
+handed over. The dense row and the one that is low-rank from the start are tuned: learning rates a
+factor of 2 apart with seed 0, by validation loss, until the best one is inside the grid; those that
+begin dense take the rate of the dense row. The seeds 0, 1, 2 at that rate are the row. The test
+part chooses nothing.
 
 The record has a line a run. A second call goes on where it ends; with --table it only reads.
 """
@@ -232,12 +233,23 @@ def grid(record: Record, row: str) -> str:
     return "  ".join(f"{lr:g}: {own[lr]['validation_loss']:.4f}" for lr in sorted(own))
 
 
+def edge(record: Record, row: str) -> float | None:
+    """The next rate to try where the best one is the lowest or highest tried; None inside."""
+    tried = sorted(lr for (name, lr, seed) in record.runs if name == row and seed == 0)
+    best = record.best(row)
+    if best == tried[-1]:
+        return best * 2
+    return best / 2 if best == tried[0] else None
+
+
 def plan(
     record: Record, row: str, rates: Sequence[float], seeds: Sequence[int]
 ) -> Iterator[tuple[float, int]]:
     """The runs of a row: seed 0 at all rates, then all seeds at the best of them."""
     if row in TUNED:
         yield from ((lr, 0) for lr in rates)
+        while len(rates) > 1 and (beyond := edge(record, row)) is not None:
+            yield beyond, 0
     best = record.best(row)
     if best is None:
         raise SystemExit(f"{row} is trained at the rate of the dense row, which comes first")

@@ -72,5 +72,9 @@ def test_the_best_rate_is_that_of_the_validation_part(study, tmp_path):
     assert record.best("Pufferfish") == 2  # begins as the dense row does
     assert record.best("low-rank from the start") is None
     assert study.grid(record, "dense") == "1: 2.0000  2: 1.0000  4: 3.0000"
+    assert study.edge(record, "dense") is None
+    del record.runs["dense", 1, 0]
+    assert study.edge(record, "dense") == 1
+    record.runs["dense", 1, 0] = {"validation_loss": 2.0}
     assert list(study.plan(record, "dense", (1, 4), (0, 1))) == [(1, 0), (4, 0), (2, 0), (2, 1)]
     assert list(study.plan(record, "Cuttlefish", (1, 4), (0, 1))) == [(2, 0), (2, 1)]
