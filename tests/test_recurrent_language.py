@@ -315,6 +315,35 @@ def test_a_low_rank_run_stopped_anywhere_ends_bit_for_bit_as_one_that_was_not(
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_micro_batches_of_streams_are_one_batch(cell):
+    model = network(cell)
+    rankwise.factorize(model, 4, layers=f"{cell}.*", split=True)
+    x, y = tokens(4, 6), tokens(4, 6, seed=2)
+    _, state = model(tokens(4, 6, seed=3), model.initial_state(4))
+    state = tuple(part.detach() for part in state)
+    loss_of(model(x, state)[0], y).backward()
+    whole = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    for half in (slice(0, 2), slice(2, 4)):
+        scores, _ = model(x[half], tuple(part[:, half] for part in state))
+        (loss_of(scores, y[half]) / 2).backward()
+    parts = [p.grad for p in model.parameters()]
+    assert len(parts) == len(whole)
+    assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_tied_head_stays_tied_beside_low_rank_recurrent_layers():
+    model = network(width=8, tied=True)
+    rankwise.factorize(model, 3, layers="*")
+    assert model.head.u.weight is model.embedding.u.weight
+    assert len(rankwise.read_plan(model)) == 7  # the LSTM, its matrices, embedding and head
+    before = model(tokens(2, 5)).detach()
+    rankwise.to_dense(model)
+    assert model.head.weight is model.embedding.weight
+    assert_close(model(tokens(2, 5)), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_gradients_projected_at_full_rank_train_a_recurrent_layer_as_dense_sgd_does(cell):
     plain, low = network(cell), network(cell)
     sgds = [torch.optim.SGD(m.parameters(), lr=0.5, momentum=0.9) for m in (plain, low)]
