@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -334,7 +335,7 @@ def test_micro_batches_of_streams_are_one_batch(cell):
 
 
 def test_a_tied_head_stays_tied_beside_low_rank_recurrent_layers():
-    model = network(width=8, tied=True)
+    model: Any = network(width=8, tied=True)
     rankwise.factorize(model, 3, layers="*")
     assert model.head.u.weight is model.embedding.u.weight
     assert len(rankwise.read_plan(model)) == 7  # the LSTM, its matrices, embedding and head
