@@ -1,4 +1,4 @@
-"""The benchmarks of low-rank updates: rows that differ as they say, and figures from known times."""
+"""The benchmarks of low-rank updates: rows differ as they say, figures follow from known times."""
 
 from __future__ import annotations
 
