@@ -33,13 +33,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import rankwise
-from language_study import CONTEXT, RESULTS, SEEDS, VALIDATION_TOKENS, adamw
+from language_study import CONTEXT, RESULTS, SEEDS, adamw
 from rankwise import data, distributed, models
 from rankwise.methods import METHODS
 from rankwise.training import environment
 from rankwise.training.task import evaluate
 
-WORKERS, BATCH, STEPS, WARMUP, EVERY = 2, 16, 200, 20, 10
+WORKERS, BATCH, STEPS, WARMUP, EVERY = 2, 16, 100, 10, 10
+VALIDATION_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ class Row:
 
 APART = {"mode": "workers", "merge_every": EVERY}
 ROWS = {
-    "AdamW, DDP": Row("dense", (2e-3, 4e-3, 8e-3)),
-    "LTE, rank 8": Row("lte", (2e-3, 4e-3, 8e-3), {**APART, "rank": 8, "alpha": 32.0}),
+    "AdamW, DDP": Row("dense", (1e-3, 2e-3, 4e-3)),
     "LTE, rank 32": Row("lte", (2e-3, 4e-3, 8e-3), {**APART, "rank": 32, "alpha": 64.0}),
     "multi-head GaLore, rank 32": Row(
         "multi-head-galore", (4e-3, 8e-3, 1.6e-2), {**APART, "rank": 32}
@@ -166,7 +166,7 @@ class Record:
 
 def tune(name: str, row: Row, record: Record, run: Any, *, grow: bool) -> float:
     """The best rate for seed 0, on a grid that grows until it is inside."""
-    grid = list(row.lr)
+    grid = list(row.lr if grow else row.lr[:1])
     while True:
         for lr in grid:
             record.get(name, lr, 0, run)

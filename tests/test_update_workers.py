@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -310,3 +313,20 @@ def test_torchrun_trains_apart_and_resumes(tmp_path: Path) -> None:
     (whole / "step-00000040").rename(tmp_path / "aside")
     _torchrun("--resume", str(whole))
     assert_same(rankwise.load(whole).weights, expected.weights)
+
+
+@pytest.mark.slow
+def test_the_benchmark_counts_what_travels(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    text, record = tmp_path / "some.txt", tmp_path / "record.jsonl"
+    text.write_text("To be, or not to be, that is the question:\n" * 2000)
+    command = [sys.executable, str(root / "benchmarks" / "lte_workers.py"), "--smoke"]
+    command += ["--data", f"text:{text}", "--record", str(record), "--rows"]
+    done = subprocess.run(
+        [*command, "AdamW, DDP", "LTE, rank 32"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    dense, lte = (json.loads(line) for line in record.read_text().splitlines()[1:])
+    assert dense["bytes_per_step"] == 4 * dense["trained"]
+    assert lte["bytes_per_step"] == 4 * lte["trained"] / 10  # one merge in ten steps
+    assert "LTE, rank 32" in done.stdout

@@ -208,6 +208,12 @@ def test_gradients_that_are_not_finite_keep_the_basis_and_are_counted() -> None:
     assert_same(basis.columns(), old)
 
 
+def test_bases_do_not_count_as_trained() -> None:
+    run = begin(MultiHeadGaLore(heads=2, rank=3, layers="2", others="none"))
+    opened = next(event for event in run.events if event["event"] == "updates")
+    assert opened["parameters"][1] == 2 * 3 * 54
+
+
 def test_errors_say_what_to_do() -> None:
     with pytest.raises(OptionError, match=r"merge_every=1 leaves nothing .* take 2 or more"):
         begin(MultiHeadGaLore(rank=3, merge_every=1))

@@ -70,7 +70,7 @@ class MultiHeadGaLore(Method):
         return {HeadBases.ROLE: {"weight_decay": 0.0}}
 
     def prepare(self, model: nn.Module) -> Change:
-        return self.bases.begin(model, self.updates.open(model))
+        return self.bases.without_decay(self.updates.open(model, begin=self.bases.begin))
 
     def before_step(self, model: nn.Module, step: int) -> None:
         self.bases.decay()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -111,8 +111,17 @@ class Updates:
                     f"{shape[0]}×{shape[1]}; lower the rank, or exclude the layer"
                 )
 
-    def open(self, model: nn.Module, step: int = 0) -> Change:
-        """Open the updates; what does not learn any more leaves the optimizer."""
+    def open(
+        self,
+        model: nn.Module,
+        step: int = 0,
+        *,
+        begin: Callable[[nn.Module], None] = lambda model: None,
+    ) -> Change:
+        """Open the updates; what does not learn any more leaves the optimizer.
+
+        `begin` is what else a method does to them, before they are counted for the record.
+        """
         if self.apart:  # there is no wrapper that would do it
             distributed.broadcast_([p.data for p in model.parameters()] + list(model.buffers()))
         change = adapt(
@@ -124,6 +133,7 @@ class Updates:
             generator=lambda name: self.context.generator(step, name),
         )
         self._begin(model)
+        begin(model)
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         stored = sum(p.numel() for p in model.parameters())
         self.context.report(

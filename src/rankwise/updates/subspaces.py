@@ -3,6 +3,11 @@
 With a left basis P (M, R) the head is P V: the gradient of V is P^T G, the projected one, and the
 optimizer's moments of V live in the subspace. With a right basis Q (N, R) the head is U Q^T. The
 shorter side has the basis.
+
+A new basis is orth(G V^T): V is what was learned since the last merge, and G V^T the gradient that
+backward forms of P anyway. Of the energy of the next batch's gradient it captures .957 of what the
+best basis would, a power step with the whole gradient .972, random directions .251
+(benchmarks/head_bases.py: 28 matrices of a small LLaMA, 12 merges, rank 32).
 """
 
 from __future__ import annotations
@@ -163,12 +168,8 @@ class HeadBases:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
 
     @torch.no_grad()
-    def begin(self, model: nn.Module, opened: Change) -> Change:
-        """Random directions, others for every head and worker; what learns is zero.
-
-        Returns:
-            The change that opened the updates, with heads in a group without weight decay.
-        """
+    def begin(self, model: nn.Module) -> None:
+        """Random directions, others for every head and worker; what learns is zero."""
         self._find(model)
         for basis in self.all:
             generator = self.context.generator(0, basis.name)
@@ -177,6 +178,9 @@ class HeadBases:
             basis.set_columns(orthonormal(wide))
             basis.learning.zero_()
         self.listen(1)
+
+    def without_decay(self, opened: Change) -> Change:
+        """The change that opened the updates, with heads in a group without weight decay."""
         added = {p: replace(new, role=self.ROLE) for p, new in opened.added.items()}
         return replace(opened, added=added)
 
