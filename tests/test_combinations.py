@@ -23,6 +23,7 @@ from rankwise import (
     GaLore,
     LoRA,
     LoRAPlus,
+    MultiHeadGaLore,
     Pufferfish,
     ReLoRA,
 )
@@ -96,6 +97,10 @@ GOOD: dict[str, Methods] = {
     "GaLore until ReLoRA opens everything": lambda: [
         ReLoRA(rank=4, warmup_steps=5, restart_every=3, restart_warmup=1, layers="*"),
         GaLore(rank=2, every=3, layers="*"),
+    ],
+    "multi-head GaLore, GaLore on the dense rest": lambda: [
+        MultiHeadGaLore(heads=2, rank=3, merge_every=3, moments="rotate", layers="0"),
+        GaLore(rank=2, every=3),
     ],
     "LoRA+, ReLoRA": lambda: [
         ReLoRA(rank=4, warmup_steps=2, restart_every=4, restart_warmup=2),

@@ -159,7 +159,10 @@ class HeadBases:
                 "merge_every=1 leaves nothing learned to find new bases from; take 2 or more, or "
                 "renew=0 to keep the random ones"
             )
+        if distributed.workers() > 1:
+            self._hide_from_wrappers(model)
 
+    def _hide_from_wrappers(self, model: nn.Module) -> None:
         # Sketches are summed here. A wrapper made while they are gathered (a resume) would later
         # wait for gradients of bases in vain.
         bases = {basis.parameter for basis in self.all}

@@ -92,7 +92,7 @@ class WorkerHeads:
         merge_(self.layers, generator, rounding=rounding, update_of=update)
         for layer in self.layers.values():
             layer.anchor_()
-        self._merged = everyone
+        self._merged = everyone if self._anchored else []
         if distributed.workers() > 1:
             self._average_others([self.model.get_buffer(name) for name in written])
         self._known = self._buffers()
