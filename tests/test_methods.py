@@ -25,6 +25,19 @@ from rankwise.options import build
 STEPS = 12
 # Settings short enough for a test: name -> (constructor arguments, changes of structure).
 SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "adalora": [
+        {"initial_rank": 4, "target_rank": 2, "every": 2, "others": "all"},
+        {
+            "initial_rank": 4,
+            "target_rank": 1,
+            "every": 1,
+            "warmup": 2,
+            "final": 3,
+            "shrink": "eager",
+            "patience": 2,
+            "layers": "*",
+        },
+    ],
     "apollo": [{"rank": 4, "every": 5}],
     "apollo-mini": [{"every": 5, "scale": 16.0}],
     "cuttlefish": [

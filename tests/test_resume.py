@@ -23,6 +23,7 @@ SWITCH, LAST = 4, 10
 STOPS = (0, 1, SWITCH - 1, SWITCH, SWITCH + 1, LAST - 1)
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "adalora": {"initial_rank": 3, "target_rank": 2, "every": 1, "final": LAST - SWITCH},
     "cuttlefish": {"ranks": 4, "gains": "none", "latest": SWITCH / LAST},
     "dense": {},
     "factorized": {"ranks": 4},
@@ -99,7 +100,9 @@ class Session:
         self.model: Any = network(seed)
         self.model.to(memory_format=memory_format)
         self.optimizer = optimizer(groups(self.model))
-        self.run = rankwise.start(self.model, method, self.optimizer, resume=resume)
+        self.run = rankwise.start(
+            self.model, method, self.optimizer, total_steps=LAST, resume=resume
+        )
         self.scheduler = scheduler(self.optimizer)
         if self.run.resumed is not None:
             self.run.resumed.restore_scheduler(self.scheduler)

@@ -60,7 +60,9 @@ def give_structure(model: nn.Module, copy: nn.Module, changed: Iterable[str] | N
     plan, present = structure.read_plan(model), structure.read_plan(copy)
     if changed is None:
         changed = [name for name, spec in plan.items() if present.get(name) != spec]
-    names = [name for name in changed if name in plan]
+    # The heads of an update go by names of their own where their ranks have changed.
+    owners = (name if name in plan else name.rpartition(".heads.")[0] for name in changed)
+    names = [name for name in dict.fromkeys(owners) if name in plan]
     resized = {}
     for name in names:
         if name in present and structure.differs_in_rank(present[name], plan[name]):

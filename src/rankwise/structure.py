@@ -163,7 +163,8 @@ def _read_spec(name: str, spec: Any) -> Spec:
                 raise PlanError(f"{name}: the update's {field} is {spec.get(field, 'missing')!r}")
     # Structures saved before there were cores and blocks name neither.
     spec = {"core": False, "blocks": 1, **spec, "shape": list(spec["shape"])}
-    if not isinstance(spec["core"], bool) or type(spec["blocks"]) is not int:
+    diagonal = spec["core"] == "diagonal" and spec["kind"] == AdaptedLayer.kind
+    if not (isinstance(spec["core"], bool) or diagonal) or type(spec["blocks"]) is not int:
         raise PlanError(
             f"{name}: core={spec['core']!r} is no bool or blocks={spec['blocks']!r} no int"
         )

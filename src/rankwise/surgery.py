@@ -298,11 +298,12 @@ Fill = Callable[[str, Any, Any], Mapping[str, Carry]]
 def change_ranks(model: nn.Module, ranks: Mapping[str, int], fill: Fill | None = None) -> Change:
     """Exchange low-rank layers for ones of another rank; the dense weight is not formed.
 
-    Layers that share their factors go on sharing them. Biases stay, hooks move along.
+    Layers that share their factors go on sharing them. Biases stay, hooks move along. Of an adapted
+    layer the heads are exchanged, under names of their own: fc.heads.0.
 
     Args:
         model: changed in place; as before if this fails.
-        ranks: name of a low-rank layer -> rank; of layers that share factors all are named.
+        ranks: name of a low-rank or adapted layer -> rank; of layers that share factors all.
         fill: `fill(name, old, new)` writes the factors of the new layer, and says for each part
             how its moments are carried over; without it both are left for a state dict to fill.
 
@@ -313,16 +314,16 @@ def change_ranks(model: nn.Module, ranks: Mapping[str, int], fill: Fill | None =
     made: dict[Parameter, tuple[str, Any]] = {}
     exchanged: dict[str, tuple[Any, Any]] = {}
     replaced: dict[Parameter, Successors] = {}
-    for name, rank in ranks.items():
+    for name, rank in _of_heads(model, ranks).items():
         if not name:
             raise SelectionError(
                 "the model itself is the low-rank layer; wrap it, e.g. nn.Sequential(layer)"
             )
         old: Any = model.get_submodule(name)
         first, twin = made.setdefault(old.u.weight, (name, None))
-        if ranks[first] != rank:
+        if twin is not None and twin.rank != rank:
             raise PlanError(
-                f"{name} shares its factors but not its rank with {first} ({rank}, {ranks[first]})"
+                f"{name} shares its factors but not its rank with {first} ({rank}, {twin.rank})"
             )
         new = old.with_rank(rank)
         exchanged[name] = (old, new)
@@ -339,3 +340,17 @@ def change_ranks(model: nn.Module, ranks: Mapping[str, int], fill: Fill | None =
         for part in old.parts:
             _move_hooks(getattr(old, part), getattr(new, part))
     return Change(replaced=replaced, modules=exchanged)
+
+
+def _of_heads(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
+    """The same ranks, by the low-rank layers that an adapted one consists of."""
+    found: dict[str, int] = {}
+    for name, rank in ranks.items():
+        module = model.get_submodule(name)
+        if not isinstance(module, AdaptedLayer):
+            found[name] = rank
+            continue
+        prefix = f"{name}." if name else ""
+        parts = {"heads": module.heads, "merged": module.merged or ()}
+        found |= {f"{prefix}{of}.{i}": rank for of, held in parts.items() for i in range(len(held))}
+    return found

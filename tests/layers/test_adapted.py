@@ -60,13 +60,19 @@ def with_weight(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
     return torch.func.functional_call(layer, {"weight": weight}, (x,))
 
 
+FORMS: list[dict[str, Any]] = [
+    {"heads": heads, "anchored": anchored, "diagonal": diagonal}
+    for heads, anchored in [(1, False), (1, True), (3, False), (3, True)]
+    for diagonal in ([False, True] if (heads == 3) is anchored else [False])
+]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 def test_outputs_and_gradients_are_those_of_the_weight_it_stands_for(
-    kind: str, heads: int, anchored: bool
+    kind: str, form: dict[str, Any]
 ) -> None:
-    layer = opened(copy.deepcopy(dense(kind)), heads=heads, scale=0.7, anchored=anchored)
+    layer = opened(copy.deepcopy(dense(kind)), scale=0.7, **form)
     x = inputs(KINDS[kind][1], dense(kind)).requires_grad_(kind != "embedding")
     y, expected = layer(x), with_weight(dense(kind), layer.weight, x)
     torch.testing.assert_close(y, expected)
@@ -142,11 +148,14 @@ def test_evaluation_may_leave_out_what_is_not_merged() -> None:
     torch.testing.assert_close(layer.weight, layer.base.weight)
 
 
-def test_a_fused_projection_has_an_update_for_each_part() -> None:
-    layer = opened(nn.Linear(5, 9).double(), blocks=3)
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_fused_projection_has_an_update_for_each_part(diagonal: bool) -> None:
+    layer = opened(nn.Linear(5, 9).double(), blocks=3, diagonal=diagonal)
     assert layer.heads[0].v.weight.shape == (6, 5)
     x = inputs((4, 5), layer)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    # Each head is a layer of its own, too: where dropout or other dtypes need it.
+    torch.testing.assert_close(layer.heads[0](x), F.linear(x, layer.heads[0].weight))
     rows = layer.open_update().chunk(3)
     assert all(torch.linalg.matrix_rank(part) == 2 for part in rows)
 

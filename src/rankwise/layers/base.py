@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from rankwise import linalg
 from rankwise.errors import FactorizeError, LifeCycleError, PlanError
-from rankwise.layers.form import Form
+from rankwise.layers.diagonal import Diagonal
+from rankwise.layers.form import Form, check_rank
 from rankwise.layers.initial import initial_factors
 from rankwise.layers.moments import FactorCarry
 from rankwise.method import Change, Successors
@@ -112,13 +113,16 @@ class LowRankLayer(nn.Module, ABC):
             U (..., M, R), C (..., R, R) or V (..., R, N); the dots are B where B > 1.
         """
         assert part in PARTS
+        if weight.dim() == 1:  # of a diagonal core
+            return torch.diag_embed(weight.view(self.blocks, -1) if self.blocks > 1 else weight)
         if self.blocks == 1:
             return weight.flatten(1)
         return weight.reshape(self.blocks, weight.shape[0] // self.blocks, -1)
 
     def from_factor(self, part: str, factor: Tensor) -> Tensor:
         """The inverse of `to_factor`: a factor in the shape of that child's weight."""
-        return factor.reshape(getattr(self, part).weight.shape)
+        shape = getattr(self, part).weight.shape
+        return (factor if len(shape) > 1 else factor.diagonal(0, -2, -1)).reshape(shape)
 
     @classmethod
     def matrix_shape(cls, dense: Any, blocks: int = 1) -> tuple[int, int]:
@@ -173,12 +177,14 @@ class LowRankLayer(nn.Module, ABC):
         Raises:
             PlanError: rank out of range.
         """
-        form = {"norm": self.norm is not None, "core": self.core is not None}
+        form = {"norm": self.norm is not None, "core": self.core is not None and not self.diagonal}
         layer = self.like(self.dense_like(torch.device("meta")), rank, blocks=self.blocks, **form)
         layer = layer.to_empty(device=self.u.weight.device)
         if layer.norm is not None:
             layer.norm.reset_parameters()
         layer.u.bias = self.u.bias
+        if self.diagonal:
+            layer.put_diagonal()
         for part in self.parts:
             learns = getattr(self, part).weight.requires_grad
             getattr(layer, part).weight.requires_grad_(learns)
@@ -224,6 +230,17 @@ class LowRankLayer(nn.Module, ABC):
     def parts(self) -> tuple[str, ...]:
         """The children that hold factors, in the order of the product: u, v or u, core, v."""
         return ("u", "v") if self.core is None else PARTS
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the core is a diagonal one, of as many numbers as there are codes."""
+        return isinstance(self.core, Diagonal)
+
+    def put_diagonal(self) -> None:
+        """Put a diagonal core, all zero, between the factors."""
+        weight = self.u.weight
+        place: Any = {"device": weight.device, "dtype": weight.dtype}
+        self.core = Diagonal(self.rank * self.blocks, self.v.weight.dim() - 2, **place)
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, ...]:
@@ -346,7 +363,7 @@ class LowRankLayer(nn.Module, ABC):
             "shape": list(self.weight_shape),
             "rank": self.rank,
             "norm": self.norm is not None,
-            "core": self.core is not None,
+            "core": "diagonal" if self.diagonal else self.core is not None,
             "blocks": self.blocks,
         }
 
@@ -381,20 +398,3 @@ class LowRankLayer(nn.Module, ABC):
         for parameter in self.new_parameters():
             parameter.requires_grad_(dense.weight.requires_grad)
         return self.train(dense.training)
-
-
-def check_rank(rank: int, shape: tuple[int, int], kind: str) -> None:
-    """Refuse a rank outside 1 ... full rank of a matrix of (rows, columns).
-
-    Raises:
-        PlanError: naming the shape and the range.
-    """
-    rows, columns = shape
-    full = min(rows, columns)
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise PlanError(f"rank {rank!r} is no rank; it must be a whole number, 1 to {full}")
-    if not 1 <= rank <= full:
-        raise PlanError(
-            f"rank {rank} does not fit a {kind} weight of {rows}×{columns}: its full rank is "
-            f"{full}; choose 1 to {full}"
-        )

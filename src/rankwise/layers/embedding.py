@@ -157,7 +157,7 @@ class LowRankEmbedding(LowRankLayer):
     def forward(self, tokens: Tensor) -> Tensor:
         codes = self.u(tokens)
         if self.core is not None:
-            codes = codes @ self.core.weight
+            codes = codes @ self.to_factor("core", self.core.weight)
         return codes @ self.v.weight
 
     def extra_repr(self) -> str:

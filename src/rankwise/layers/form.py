@@ -1,4 +1,4 @@
-"""The form of a factorisation: what the user chooses beside the rank, for all layers at once."""
+"""The form of a factorisation: the ranks there are, and what is chosen beside, for all layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rankwise.errors import OptionError, SelectionError, nearest
+from rankwise.errors import OptionError, PlanError, SelectionError, nearest
 
 if TYPE_CHECKING:
     from rankwise.layers.base import LowRankLayer
@@ -86,3 +86,20 @@ class Form:
             return 1
         rows, columns = stand_in.matrix_shape(dense)
         return 3 if rows == 3 * columns else 1
+
+
+def check_rank(rank: int, shape: tuple[int, int], kind: str) -> None:
+    """Refuse a rank outside 1 ... full rank of a matrix of (rows, columns).
+
+    Raises:
+        PlanError: naming the shape and the range.
+    """
+    rows, columns = shape
+    full = min(rows, columns)
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise PlanError(f"rank {rank!r} is no rank; it must be a whole number, 1 to {full}")
+    if not 1 <= rank <= full:
+        raise PlanError(
+            f"rank {rank} does not fit a {kind} weight of {rows}×{columns}: its full rank is "
+            f"{full}; choose 1 to {full}"
+        )

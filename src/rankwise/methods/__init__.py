@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rankwise.method import Method
+from rankwise.methods.adalora import AdaLoRA
 from rankwise.methods.apollo import Apollo
 from rankwise.methods.apollo_mini import ApolloMini
 from rankwise.methods.cuttlefish import Cuttlefish
@@ -25,6 +26,7 @@ from rankwise.methods.sifd import SIFD
 from rankwise.methods.tracked import Tracked
 
 METHODS: dict[str, type[Method]] = {
+    "adalora": AdaLoRA,
     "apollo": Apollo,
     "apollo-mini": ApolloMini,
     "cuttlefish": Cuttlefish,
@@ -51,6 +53,7 @@ __all__ = [
     "LTE",
     "METHODS",
     "SIFD",
+    "AdaLoRA",
     "Apollo",
     "ApolloMini",
     "Cuttlefish",

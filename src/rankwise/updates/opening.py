@@ -36,6 +36,7 @@ class Opening:
         dtype: of the factors; None for that of the weight.
         split: an update for each part of a fused projection, as in `layers.Form`.
         skip: draws of V to pass over, see `AdaptedLayer.restart_`.
+        diagonal: U diag(c) V, with c zero and both factors drawn (2303.10512).
     """
 
     rank: int
@@ -47,6 +48,7 @@ class Opening:
     dtype: torch.dtype | None = None
     split: bool = False
     skip: int = 0
+    diagonal: bool = False
 
 
 def scale_from_alpha(alpha: float, rank: int, *, stabilized: bool = False) -> float:
@@ -105,6 +107,7 @@ def adapt(
             heads=opening.heads,
             scale=opening.scale,
             blocks=form.keywords(name, dense, stand_in)["blocks"],
+            diagonal=opening.diagonal,
             dtype=opening.dtype,
             anchored=opening.anchored,
             dropout=opening.dropout,

@@ -70,16 +70,17 @@ class Updates:
         """The updates that a method with the shared fields (`updates.fields`) asks for.
 
         Args:
-            method: its fields `rank`, `alpha`, `init`, `dtype`, `split`, `layers`, `exclude` and
-                `others` are read, and `rounding`, `own_mean`, `evaluate_open` where it has them.
+            method: its fields `rank`, `alpha`, `dtype`, `split`, `layers`, `exclude` and `others`
+                are read, and `init`, `rounding`, `own_mean`, `evaluate_open` where it has them.
             context: of the run.
             chunks: how batches are divided among heads.
             opening: what differs of `Opening`.
         """
+        rank = opening.get("rank") or method.rank
         shared: dict[str, Any] = {
-            "rank": method.rank,
-            "scale": scale_from_alpha(method.alpha, method.rank),
-            "draw": method.init,
+            "rank": rank,
+            "scale": scale_from_alpha(method.alpha, rank),
+            "draw": getattr(method, "init", "kaiming"),
             "dtype": factors_dtype(method.dtype),
             "split": method.split,
             "skip": distributed.worker() if method.trains_apart else 0,

@@ -1,4 +1,4 @@
-"""How an update begins: U zero, so that the function stays, and V drawn, so that U can learn."""
+"""How an update begins: one factor zero, so that the function stays, the others drawn to learn."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from rankwise.errors import OptionError, unknown
 from rankwise.layers.base import LowRankLayer
 from rankwise.layers.embedding import LowRankEmbedding
 
+_STD = 0.02  # of factors beside a core
 DRAWS = ("kaiming", "orthogonal", "normal")
 
 
 @torch.no_grad()
 def draw_update(head: LowRankLayer, draw: str, generator: torch.Generator) -> None:
-    """Set U to zero and draw V.
+    """Set U to zero and draw V; of a product with a core set the core to zero and draw the others.
+
+    U and V beside a core are normal with a standard deviation of .02 (2303.10512), whatever `draw`.
 
     Args:
         head: a low-rank layer; with blocks each gets a V of its own.
@@ -28,6 +31,13 @@ def draw_update(head: LowRankLayer, draw: str, generator: torch.Generator) -> No
     """
     if draw not in DRAWS:
         raise OptionError(unknown("init", draw, DRAWS))
+    if head.core is not None:
+        nn.init.zeros_(head.core.weight)
+        for weight in (head.v.weight, head.u.weight):
+            weight.copy_(_as(torch.randn(weight.shape, generator=generator) * _STD, weight))
+        if getattr(head.u, "padding_idx", None) is not None:  # that token has no update
+            head.u.weight[head.u.padding_idx] = 0
+        return
     nn.init.zeros_(head.u.weight)
     v = head.to_factor("v", head.v.weight)  # (R, N), or (B, R, N)
     rank, columns = v.shape[-2:]

@@ -81,6 +81,7 @@ class AdaptedLayer(nn.Module):
         heads: int = 1,
         scale: float = 1.0,
         blocks: int = 1,
+        diagonal: bool = False,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> Self:
@@ -93,6 +94,7 @@ class AdaptedLayer(nn.Module):
             heads: H.
             scale: s.
             blocks: parts of a fused projection, each with R codes of its own.
+            diagonal: a map between the codes, U diag(c) V (2303.10512).
             dtype: of the heads; that of the weight without it.
             options: `anchored`, `dropout`, `chunks`, as in the class.
 
@@ -103,6 +105,8 @@ class AdaptedLayer(nn.Module):
         if heads < 1:
             raise PlanError(f"heads={heads} must be at least 1")
         made = [_head(dense, stand_in, rank, blocks, dtype) for _ in range(heads)]
+        for head in made if diagonal else ():
+            head.put_diagonal()
         return cls(dense, made, scale, **options)
 
     @classmethod
@@ -118,7 +122,7 @@ class AdaptedLayer(nn.Module):
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise PlanError(f"the dtype {spec['dtype']!r} is no floating-point type")
         names = ("heads", "scale", "blocks", "anchored", "dropout")
-        options = {name: spec[name] for name in names}
+        options = {name: spec[name] for name in names} | {"diagonal": spec["core"] == "diagonal"}
         return cls.of(dense, stand_in, int(spec["rank"]), dtype=dtype, **options)
 
     @property
@@ -198,7 +202,7 @@ class AdaptedLayer(nn.Module):
         return (
             isinstance(head, LowRankLinear)
             and (isinstance(self.base, nn.Linear) or isinstance(head, LowRankTransposedLinear))
-            and head.core is None
+            and (head.core is None or head.diagonal)
             and head.u.weight.dtype == self.base.weight.dtype
             and not (self.dropout and self.training)
         )
@@ -290,6 +294,7 @@ class AdaptedLayer(nn.Module):
             heads=len(self.heads),
             scale=self.scale,
             blocks=head.blocks,
+            diagonal=head.diagonal,
             anchored=self.merged is not None,
             dropout=self.dropout,
             chunks=self.chunks,
@@ -343,9 +348,10 @@ class AdaptedLayer(nn.Module):
 
 
 def _u(head: Any) -> Tensor:
-    """U (O, R); of blocks the block-diagonal (O, B R)."""
+    """U, or U diag(c), (O, R); of blocks the block-diagonal (O, B R)."""
     u: Tensor = head.u.weight
-    return u if head.blocks == 1 else torch.block_diag(*u.chunk(head.blocks))
+    u = u if head.blocks == 1 else torch.block_diag(*u.chunk(head.blocks))
+    return u if head.core is None else u * head.core.weight
 
 
 def sum_of_products(terms: Iterable[tuple[Any, float]]) -> Tensor:
