@@ -373,6 +373,14 @@ def test_projected_gradients_keep_less_and_train_the_same_dense_network(prose):
     assert set(end_state("low")[0]) == set(end_state("dense")[0])
 
 
+def test_an_update_is_what_counts_as_trainable_and_the_end_is_a_dense_network(prose):
+    dense = train(recipe())
+    options = {"rank": 2, "layers": "blocks.*"}
+    result = train(recipe(method="lora", method_options=options))
+    assert result.parameters[0] == dense.parameters[0]
+    assert 0 < result.parameters[1] < dense.parameters[1] / 4
+
+
 def test_a_switch_is_judged_by_its_loss_on_the_beginning_of_the_validation_part(prose, monkeypatch):
     from rankwise.training import task
 

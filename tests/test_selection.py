@@ -461,7 +461,7 @@ def unsupported() -> dict[str, nn.Module]:
         ("sparse", "its weight is stored sparse (torch.sparse_coo)"),
         ("fp8", "its weight is torch.float8_e4m3fn"),
         ("integer", "its weight is torch.int8"),
-        ("gptq", "Quantized holds its weight quantised; factorise before quantising"),
+        ("gptq", "Quantized holds its weight quantised; factorise or adapt before quantising"),
         ("lora.base_layer", "it belongs to the adapter lora; merge or unload the adapter first"),
         ("lora.lora_A.default", "it belongs to the adapter lora"),
         ("spectral", "computed from other parameters"),
@@ -486,7 +486,7 @@ def test_layers_that_torch_quantised_are_left_with_the_reason() -> None:
     candidates = survey(quantised)
     assert {n: c.shape for n, c in candidates.items()} == {"0": (4, 8), "2": (4, 4)}
     assert "holds its weight quantised" in candidates["0"].obstacle
-    with pytest.raises(SelectionError, match="factorise before quantising"):
+    with pytest.raises(SelectionError, match="factorise or adapt before quantising"):
         plan(quantised, 2, keep_first=0, keep_last=0)
 
 

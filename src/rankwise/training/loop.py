@@ -336,12 +336,13 @@ class Loop:
         """Finalise the methods, read the test part once, close the records."""
         self._show_switch(now=True)
         kept = setup.state_bytes(self.run)
+        learned = accounting.parameters(self.run.bare).trainable  # an update's, not its weight's
         model = self.run.finish()
         validation = self.evaluate(self.splits.validation)
         test = self.evaluate(self.splits.test)
         units = self.splits.train.units
         sample, _ = self.splits.train.take(torch.zeros(1, dtype=torch.int64))
-        parameters, flops = setup.size(model, sample, units)
+        (stored, _), flops = setup.size(model, sample, units)
         result = Result(
             model=self.recipe.model,
             data=self.splits.name,
@@ -352,7 +353,7 @@ class Loop:
             test_loss=test.loss,
             validation_accuracy=validation.accuracy,
             validation_loss=validation.loss,
-            parameters=parameters,
+            parameters=(stored, learned),
             dense_parameters=dense[0],
             flops=flops,
             dense_flops=dense[1],
