@@ -259,7 +259,8 @@ def _obstacle(
     if weight is None:
         if not isinstance(module, (nn.Linear, _ConvNd)):
             return (
-                f"{type(module).__name__} holds its weight quantised; factorise or adapt before quantising"
+                f"{type(module).__name__} holds its weight quantised; factorise or adapt before "
+                "quantising"
             )
         return "its weight is computed from other parameters (weight norm, pruning or the like)"
     reason = _unusual(weight) or _adapted(model, name)
