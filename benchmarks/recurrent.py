@@ -249,7 +249,7 @@ def memory_of_sides(case: Case, divisor: int, options: argparse.Namespace) -> di
     rank = case.hidden // divisor
     found = {}
     for name in options.sides:
-        command = [sys.executable, __file__, "--child", case.name, str(rank), name]
+        command = [sys.executable, __file__, "--child", json.dumps(asdict(case)), str(rank), name]
         child = subprocess.run(command, capture_output=True, text=True, check=True)
         found[name] = json.loads(child.stdout)
         print(
@@ -291,12 +291,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     if options.child:
-        name, rank, which = options.child
-        print(json.dumps(memory(CASES[name], int(rank), which)))
+        case, rank, which = options.child
+        print(json.dumps(memory(Case(**json.loads(case)), int(rank), which)))
         return 0
     cases = [CASES[name] for name in options.only]
     if options.smoke:
-        cases = [Case("lstm", 32, 2, 3), Case("gru", 32, 2, 3)]
+        cases = [Case(kind, 32, 2, 3) for kind in dict.fromkeys(case.kind for case in cases)]
     for case in cases:
         for divisor in options.divisors:
             if options.memory:

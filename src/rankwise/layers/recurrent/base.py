@@ -20,9 +20,10 @@ from rankwise.errors import OptionError, PlanError
 from rankwise.layers.base import LowRankLayer, check_rank
 from rankwise.layers.linear import LowRankLinear
 from rankwise.layers.recurrent.arguments import check_input, first_states
-from rankwise.layers.recurrent.matrices import Matrix, read
+from rankwise.layers.recurrent.matrices import Encoded, Matrix, read
 from rankwise.layers.recurrent.native import whole_stack
 from rankwise.layers.recurrent.sequences import Layout
+from rankwise.layers.recurrent.ways import choose, possible
 
 Rank = int | None
 Ranks = Rank | tuple[Rank, ...] | list[Any]
@@ -41,6 +42,7 @@ class OpenRecurrent(nn.Module, ABC):
     Attributes:
         recompute: keep no gates for backward but make them again: a quarter to a half of the
             memory for a tenth to a quarter more time. Of layers with low-rank recurrence.
+        way: how those are run, see `recurrent.ways`: "auto", or one of them wherever possible.
     """
 
     kind: ClassVar[str]
@@ -48,6 +50,7 @@ class OpenRecurrent(nn.Module, ABC):
     gates: ClassVar[int]
 
     recompute: bool
+    way: str
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class OpenRecurrent(nn.Module, ABC):
             dense.batch_first,
         )
         self.dropout, self.bidirectional = dense.dropout, dense.bidirectional
-        self.proj_size, self.recompute = dense.proj_size, recompute
+        self.proj_size, self.recompute, self.way = dense.proj_size, recompute, "auto"
         for name, given in zip(self.matrices, self._ranks(rank), strict=True):
             rows, columns = self.matrix_shape(name)
             options = {"bias": self.bias and not name.startswith("hr"), **place}
@@ -297,18 +300,38 @@ class OpenRecurrent(nn.Module, ABC):
         kinds = 3 if self.proj_size else 2
         groups = [matrices[i : i + kinds] for i in range(0, len(matrices), kinds)]
         last: list[tuple[Tensor, ...]] = []
+        given: Any = x  # of the first layer; of the next ones what the one below hands on
         for layer in range(self.num_layers):
-            outputs = []
+            outputs, dropped = [], bool(self.dropout and self.training)
+            above = layer + 1 < self.num_layers and self.directions == 1 and not dropped
+            ahead = groups[layer + 1][0] if above else None
             for direction in range(self.directions):
                 k = layer * self.directions + direction
                 begin = tuple(state[k] for state in states)
-                y, *end = self._run(x, begin, groups[k], layout, direction == 1)
+                y, *end = self._run_best(given, begin, groups[k], layout, direction == 1, ahead)
                 outputs.append(y)
                 last.append(tuple(end))
-            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-            if self.dropout and self.training and layer < self.num_layers - 1:
-                x = F.dropout(x, self.dropout)
-        return x, *(torch.stack(parts) for parts in zip(*last, strict=True))
+            given = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+            if dropped and layer < self.num_layers - 1:
+                given = F.dropout(given, self.dropout)
+        return given, *(torch.stack(parts) for parts in zip(*last, strict=True))
+
+    def _run_best(
+        self,
+        x: Tensor | Encoded,
+        states: tuple[Tensor, ...],
+        matrices: Sequence[Matrix],
+        layout: Layout,
+        reverse: bool,
+        ahead: Matrix | None,
+    ) -> tuple[Any, ...]:
+        """`_run` by the way that is asked for, or the fastest."""
+
+        def run(way: str, given: Any = x) -> tuple[Any, ...]:
+            return self._run(given, states, matrices, layout, reverse, way, ahead)
+
+        ways = possible(self.kind, matrices, ahead, layout)
+        return run(choose(self.way, ways, x, matrices, run))
 
     def _all_native(
         self, x: Tensor, states: tuple[Tensor, ...], layout: Layout
@@ -330,12 +353,14 @@ class OpenRecurrent(nn.Module, ABC):
     @abstractmethod
     def _run(
         self,
-        x: Tensor,
+        x: Tensor | Encoded,
         states: tuple[Tensor, ...],
         matrices: Sequence[Matrix],
         layout: Layout,
         reverse: bool,
-    ) -> tuple[Tensor, ...]:
+        way: str,
+        ahead: Matrix | None,
+    ) -> tuple[Any, ...]:
         """One layer in one direction: hidden states (T, B, P), then the last states (B, ..)."""
 
     @abstractmethod

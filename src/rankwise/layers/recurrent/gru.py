@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from rankwise.layers.recurrent import gru_loop
 from rankwise.layers.recurrent.base import OpenRecurrent, Ranks
 from rankwise.layers.recurrent.codes import operand_dtype, state_dtype
-from rankwise.layers.recurrent.matrices import Matrix
-from rankwise.layers.recurrent.native import native, without_loop
+from rankwise.layers.recurrent.matrices import Encoded, Matrix
+from rankwise.layers.recurrent.native import native
 from rankwise.layers.recurrent.sequences import Layout
 
 
@@ -70,16 +70,19 @@ class LowRankGRU(OpenRecurrent):
 
     def _run(
         self,
-        x: Tensor,
+        x: Tensor | Encoded,
         states: tuple[Tensor, ...],
         matrices: Sequence[Matrix],
         layout: Layout,
         reverse: bool,
-    ) -> tuple[Tensor, ...]:
+        way: str,
+        ahead: Matrix | None,
+    ) -> tuple[Any, ...]:
         ih, hh = matrices
-        if without_loop(hh):
+        if way == "product":
             return native("gru", x, states, matrices, layout, reverse)
         assert hh.v is not None
+        assert isinstance(x, Tensor)  # no layer below ran as a projected LSTM
         dtype = operand_dtype(x)
         turned = reverse and layout.packed is not None
         v = _n_first(ih) if ih.apart else ih.v

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from rankwise.layers.recurrent import lstm_loop
 from rankwise.layers.recurrent.base import OpenRecurrent, Ranks
 from rankwise.layers.recurrent.codes import operand_dtype, state_dtype
-from rankwise.layers.recurrent.matrices import Matrix, bias_of
-from rankwise.layers.recurrent.native import native, without_loop
+from rankwise.layers.recurrent.matrices import Encoded, Matrix, bias_of
+from rankwise.layers.recurrent.native import native, projected
 from rankwise.layers.recurrent.sequences import Layout
 
 
@@ -75,24 +75,28 @@ class LowRankLSTM(OpenRecurrent):
 
     def _run(
         self,
-        x: Tensor,
+        x: Tensor | Encoded,
         states: tuple[Tensor, ...],
         matrices: Sequence[Matrix],
         layout: Layout,
         reverse: bool,
-    ) -> tuple[Tensor, ...]:
+        way: str,
+        ahead: Matrix | None,
+    ) -> tuple[Any, ...]:
         ih, hh, *projection = matrices
-        if without_loop(hh):
+        if way == "product":
             return native("lstm", x, states, matrices, layout, reverse)
+        if way == "projected" and ahead is not None:
+            return projected(x, states, ih, hh, ahead, layout)
         assert hh.v is not None
-        dtype = operand_dtype(x)
+        dtype = operand_dtype(states[0])
         z0 = F.linear(states[0], hh.v)
         c0 = states[1].to(state_dtype(dtype))
         whole = projection[0].product() if projection else None
         # h is seen through V alone: of its projection the loop needs V W_hr.
         v = hh.v if whole is None else hh.v @ whole
         turned = reverse and layout.packed is not None
-        zx = ih.encode(layout.turn(x) if turned else x)
+        zx = ih.encode(layout.turn(x) if turned and isinstance(x, Tensor) else x)
         operands = (t.to(dtype) for t in (zx, ih.u, hh.u, bias_of(ih, hh), v, z0))
         y, c = lstm_loop.run(
             *operands,

@@ -15,6 +15,13 @@ from rankwise.layers.recurrent.products import encode
 
 
 @dataclass(frozen=True, eq=False)
+class Encoded:
+    """Hidden states that are known as the codes of the layer above alone: (T, B, R)."""
+
+    codes: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Matrix:
     """W (G H, N), as it is or as U V.
 
@@ -35,8 +42,10 @@ class Matrix:
         """Whether each gate has codes of its own."""
         return self.v is not None and len(self.v) != self.u.shape[1]
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor | Encoded) -> Tensor:
         """The codes V x of rows x (..., N); x itself for a dense matrix."""
+        if isinstance(x, Encoded):
+            return x.codes
         return x if self.v is None else encode(x, self.v)
 
     def product(self) -> Tensor:

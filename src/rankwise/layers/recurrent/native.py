@@ -6,23 +6,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rankwise.layers.recurrent.codes import operand_dtype
-from rankwise.layers.recurrent.matrices import Matrix
+from rankwise.layers.recurrent.matrices import Encoded, Matrix, bias_of
 from rankwise.layers.recurrent.sequences import Layout
-
-
-def without_loop(recurrent: Matrix) -> bool:
-    """Whether a layer goes by torch's kernel: a dense recurrence, or a graph to be exported.
-
-    torch.export has no place for our loop; there the product of the factors is part of the graph.
-    """
-    return recurrent.v is None or torch.compiler.is_exporting()
 
 
 def native(
     kind: str,
-    x: Tensor,
+    x: Tensor | Encoded,
     states: tuple[Tensor, ...],
     matrices: Sequence[Matrix],
     layout: Layout,
@@ -42,10 +35,8 @@ def native(
         Hidden states (T, B, P), then the last states (B, ..).
     """
     ih, hh, *projection = matrices
-    if ih.apart:
-        narrower = ih.v is not None and len(ih.v) < ih.v.shape[1]
-        ih = ih.narrow() if narrower else Matrix(ih.product(), None, ih.bias, ih.gates)
-    z = ih.encode(layout.turn(x) if reverse else x)
+    ih = _narrow(ih)
+    z = ih.encode(layout.turn(x) if reverse and isinstance(x, Tensor) else x)
     weights = [ih.u, hh.product()]
     if ih.bias is not None and hh.bias is not None:
         weights += [ih.bias, hh.bias]
@@ -69,6 +60,54 @@ def _call(
     if layout.packed is not None:
         return function(z, layout.packed.batch_sizes, begin, weights, *options)
     return function(z, begin, weights, *options, False)
+
+
+def projected(
+    x: Tensor | Encoded,
+    states: tuple[Tensor, ...],
+    ih: Matrix,
+    hh: Matrix,
+    ahead: Matrix,
+    layout: Layout,
+) -> tuple[Encoded, Tensor, Tensor]:
+    """One LSTM layer as torch's LSTM with a projection: codes for the layer ahead, last h and c.
+
+    Args:
+        x: (T, B, N).
+        states: h_0 and c_0, (B, H).
+        ih: the input's matrix.
+        hh: the recurrent one, low-rank, all gates sharing their codes.
+        ahead: the next layer's input matrix, low-rank likewise.
+        layout: of sequences of one length.
+    """
+    assert hh.v is not None
+    assert ahead.v is not None
+    rank, gates = len(hh.v), hh.gates
+    ih = _narrow(ih)
+    z, bias = ih.encode(x), bias_of(ih, hh)
+    nothing = torch.zeros_like(bias)
+    wide = torch.cat([hh.u, hh.u.new_zeros(len(hh.u), len(ahead.v))], 1)
+    weights = [ih.u, wide, bias, nothing, torch.cat([hh.v, ahead.v])]
+    first = F.linear(states[0], hh.v)
+    begin = [F.pad(first, (0, len(ahead.v)))[None], states[1][None]]
+    codes, _, c = _call("lstm", z, begin, weights, layout)
+    c = c[0]
+    # The last h is needed as such: its output gate from the codes before it, then o tanh(c).
+    before = first if len(z) == 1 else codes[-2, :, :rank]
+    o = (part.chunk(gates)[3] for part in (ih.u, hh.u, bias))
+    ux, uh, b = (part.to(codes.dtype) for part in o)
+    preactivation = F.linear(z[-1].to(codes.dtype), ux, b) + F.linear(before.to(codes.dtype), uh)
+    h = torch.sigmoid(preactivation) * torch.tanh(c)
+    return Encoded(codes[..., rank:]), h, c
+
+
+def _narrow(ih: Matrix) -> Matrix:
+    """With codes that all gates share, or dense: what torch's kernel can multiply by."""
+    if not ih.apart:
+        return ih
+    assert ih.v is not None
+    fewer = len(ih.v) < ih.v.shape[1]
+    return ih.narrow() if fewer else Matrix(ih.product(), None, ih.bias, ih.gates)
 
 
 def whole_stack(

@@ -1,0 +1,126 @@
+"""The ways a layer with a low-rank recurrence can be run, and which of them is taken.
+
+`loop`: our loop over time on the factors. `product`: torch's kernel on W_hh = U V, formed at each
+call, its inputs being codes. `projected`: torch's LSTM with a projection, which is the same
+function: h enters the next step through V h alone, so V stands for the projection and U for the
+recurrent matrix. With the next layer's V below (and zeros in U) it hands on that layer's codes;
+h itself it does not give, so it serves layers whose hidden states only such a layer reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import OptionError, unknown
+from rankwise.layers.recurrent.matrices import Encoded, Matrix
+from rankwise.layers.recurrent.sequences import Layout
+
+WAYS = ("auto", "loop", "product", "projected")
+_REPEATS = 3
+_measured: dict[tuple[Any, ...], dict[str, float]] = {}
+
+Results = tuple[Any, ...]
+
+
+def possible(
+    kind: str, matrices: Sequence[Matrix], ahead: Matrix | None, layout: Layout
+) -> tuple[str, ...]:
+    """The ways that give this layer's function, `loop` first if it is one.
+
+    Args:
+        kind: "lstm" or "gru".
+        matrices: of the layer in one direction.
+        ahead: the next layer's input matrix if nothing else reads the hidden states.
+        layout: how the sequences lie.
+    """
+    hh = matrices[1]
+    # torch.export has no place for our loop; there the product is part of the graph.
+    if hh.v is None or torch.compiler.is_exporting():
+        return ("product",)
+    if kind != "lstm" or len(matrices) > 2 or layout.packed is not None:
+        return ("loop", "product")
+    if hh.apart or ahead is None or ahead.v is None or ahead.apart:
+        return ("loop", "product")
+    # torch wants a projection that is smaller than the hidden state.
+    fits = len(hh.v) + len(ahead.v) < hh.v.shape[1]
+    return ("loop", "product", "projected") if fits else ("loop", "product")
+
+
+def choose(
+    asked: str,
+    ways: tuple[str, ...],
+    x: Tensor | Encoded,
+    matrices: Sequence[Matrix],
+    run: Callable[[str, Any], Results],
+) -> str:
+    """The way that is asked for, if it is possible; else the faster one.
+
+    Args:
+        asked: one of `WAYS`.
+        ways: the possible ones.
+        x: (T, B, N), the layer's input.
+        matrices: of the layer in one direction.
+        run: runs the layer on an input, one way.
+
+    Raises:
+        OptionError: `asked` is no way.
+    """
+    if asked not in WAYS:
+        raise OptionError(unknown("way", asked, WAYS))
+    if asked in ways or len(ways) == 1:
+        return asked if asked in ways else ways[0]
+    given = x.codes if isinstance(x, Encoded) else x
+    if given.device.type == "cuda" and not torch.compiler.is_compiling():
+        wrap = Encoded if isinstance(x, Encoded) else None
+        seconds = measure(ways, given, matrices, lambda way, y: run(way, wrap(y) if wrap else y))
+        return min(seconds, key=lambda way: seconds[way])
+    return "product" if given.device.type == "cuda" or _losing(given, matrices) else "loop"
+
+
+def _losing(x: Tensor, matrices: Sequence[Matrix]) -> bool:
+    return False
+
+
+def measure(
+    ways: tuple[str, ...],
+    x: Tensor,
+    matrices: Sequence[Matrix],
+    run: Callable[[str, Tensor], Results],
+) -> dict[str, float]:
+    """Seconds of each way on an input of this shape, with backward where gradients are on.
+
+    Measured once for each shape, rank, type and device of a process, after a pass to warm up.
+    """
+    training = torch.is_grad_enabled()
+    widths = tuple((m.u.shape, None if m.v is None else m.v.shape) for m in matrices)
+    place = torch.cuda.get_device_name(x.device) if x.is_cuda else str(x.device)
+    key = (place, ways, tuple(x.shape), x.dtype, widths, training, torch.get_num_threads())
+    if key not in _measured:
+        given = x.detach().requires_grad_(training)
+        _measured[key] = {way: min(_seconds(way, given, run)) for way in ways}
+    return _measured[key]
+
+
+def _seconds(way: str, x: Tensor, run: Callable[[str, Tensor], Results]) -> list[float]:
+    times = []
+    for repeat in range(_REPEATS + 1):
+        _wait(x)
+        start = time.perf_counter()
+        y = run(way, x)[0]
+        y = y.codes if isinstance(y, Encoded) else y
+        if y.requires_grad:
+            torch.autograd.grad(y, x, torch.ones_like(y))
+        _wait(x)
+        if repeat:
+            times.append(time.perf_counter() - start)
+    return times
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)

@@ -1,0 +1,132 @@
+"""The ways to run a low-rank recurrence give one function; which is taken follows the rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
+from torch.testing import assert_close
+
+from rankwise.errors import OptionError
+from rankwise.layers import LowRankGRU, LowRankLSTM
+from rankwise.layers.recurrent import ways
+
+T, B, I, H = 6, 3, 7, 12  # noqa: E741
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+def lstm(layers: int, rank: Any, **options: Any) -> LowRankLSTM:
+    torch.manual_seed(0)
+    return LowRankLSTM(I, H, layers, rank=rank, dtype=torch.float64, **options)
+
+
+def results(layer: Any, x: Tensor, hx: Any) -> list[Tensor]:
+    """Output, states and every gradient."""
+    y, (h, c) = layer(x, hx)
+    total = (y * y).sum() + (h**3).sum() + (c**3).sum()
+    return [y, h, c, *torch.autograd.grad(total, [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("steps", [1, T])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("ih", [None, 3])
+def test_all_ways_are_one_function(ih: int | None, bias: bool, steps: int) -> None:
+    layer = lstm(3, [(ih, 4), (3, 4), (2, 5)], bias=bias)
+    x = noise(steps, B, I).requires_grad_()
+    hx = (noise(3, B, H, seed=1), noise(3, B, H, seed=2))
+    layer.way = "loop"
+    expected = results(layer, x, hx)
+    for way in ("product", "projected", "auto"):
+        layer.way = way
+        assert_close(results(layer, x, hx), expected, rtol=1e-9, atol=1e-11)
+
+
+def taken(layer: Any, x: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The ways that were possible for each layer and direction."""
+    found: list[tuple[str, ...]] = []
+    inner = ways.possible
+
+    def watch(*given: Any) -> tuple[str, ...]:
+        found.append(inner(*given))
+        return found[-1]
+
+    monkeypatch.setattr("rankwise.layers.recurrent.base.possible", watch)
+    layer(x)
+    return found
+
+
+def test_where_a_projection_can_stand_for_the_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    every, two = ("loop", "product", "projected"), ("loop", "product")
+    x = noise(T, B, I)
+    # Not the last layer, whose hidden states are the output.
+    assert taken(lstm(2, 4), x, monkeypatch) == [every, two]
+    # Not where R + R of the layer above reach H, where that layer is dense, or behind dropout.
+    assert taken(lstm(2, [(4, 8), 4]), x, monkeypatch) == [two, two]
+    assert taken(lstm(2, [4, (None, 4)]), x, monkeypatch) == [two, two]
+    assert taken(lstm(2, 4, dropout=0.5), x, monkeypatch) == [two, two]
+    assert taken(lstm(2, 4, dropout=0.5).eval(), x, monkeypatch) == [every, two]
+    assert taken(lstm(2, 4, bidirectional=True), x, monkeypatch) == [two] * 4
+    assert taken(lstm(2, 3, per_gate=True), x, monkeypatch) == [two, two]
+    assert taken(lstm(2, 4), pack_sequence([x[:, 0], x[:2, 1]]), monkeypatch) == [two, two]
+    assert taken(lstm(2, 4, proj_size=5), x, monkeypatch) == [two, two]
+    assert taken(lstm(1, (4, None)), x, monkeypatch) == [("product",)]
+
+
+def test_an_unknown_way_is_refused() -> None:
+    layer = lstm(1, 4)
+    layer.way = "projekted"
+    with pytest.raises(OptionError, match="did you mean 'projected'"):
+        layer(noise(T, B, I))
+
+
+def test_a_way_that_is_not_possible_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    gru = LowRankGRU(I, H, rank=4, dtype=torch.float64)
+    x = noise(T, B, I)
+    expected = gru(x)[0]
+    gru.way = "projected"
+    assert_close(gru(x)[0], expected, rtol=1e-12, atol=1e-12)
+    gru.way = "product"
+    assert_close(gru(x)[0], expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_measured_once_for_each_shape(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where it decides."""
+    monkeypatch.setattr(ways, "_measured", {})
+    runs: list[tuple[str, bool]] = []
+
+    def run(way: str, x: Tensor) -> tuple[Tensor]:
+        runs.append((way, x.requires_grad))
+        return (x * 2,)
+
+    matrices: list[Any] = []
+    with torch.set_grad_enabled(grad):
+        first = ways.measure(("loop", "product"), noise(T, B, I), matrices, run)
+        assert runs[0] == ("loop", grad)
+        count = len(runs)
+        assert ways.measure(("loop", "product"), noise(T, B, I), matrices, run) == first
+        assert len(runs) == count
+        ways.measure(("loop", "product"), noise(T, B + 1, I), matrices, run)
+    assert set(first) == {"loop", "product"}
+    assert min(first.values()) > 0
+    assert len(runs) == 2 * count
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_all_ways_on_a_gpu() -> None:
+    layer = lstm(2, 4).cuda().float()
+    x = noise(T, B, I).float().cuda().requires_grad_()
+    layer.way = "loop"
+    expected = layer(x)[0]
+    for way in ("product", "projected", "auto"):
+        layer.way = way
+        assert_close(layer(x)[0], expected, rtol=1e-4, atol=1e-5)
