@@ -19,7 +19,7 @@ from rankwise.layers import (
     OpenRecurrent,
     recurrent_class,
 )
-from rankwise.layers.recurrent import codes, gru_loop, lstm_loop, products
+from rankwise.layers.recurrent import codes, gru_loop, lstm_loop, products, ways
 
 T, B, I, H = 7, 3, 5, 6  # noqa: E741
 CLASSES: dict[str, Any] = {"lstm": LowRankLSTM, "gru": LowRankGRU}
@@ -30,6 +30,8 @@ DENSE: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU}
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks even for these few steps; the last one is shorter."""
     monkeypatch.setattr(codes, "ROWS", 2 * B)
+    # Layers as small as these would not be run in a loop.
+    monkeypatch.setattr(ways, "CALLS", -float("inf"))
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

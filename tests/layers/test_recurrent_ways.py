@@ -13,6 +13,8 @@ from torch.testing import assert_close
 from rankwise.errors import OptionError
 from rankwise.layers import LowRankGRU, LowRankLSTM
 from rankwise.layers.recurrent import ways
+from rankwise.layers.recurrent.matrices import read
+from rankwise.layers.recurrent.sequences import Layout
 
 T, B, I, H = 6, 3, 7, 12  # noqa: E741
 
@@ -95,6 +97,27 @@ def test_a_way_that_is_not_possible_falls_back(monkeypatch: pytest.MonkeyPatch) 
     assert_close(gru(x)[0], expected, rtol=1e-12, atol=1e-12)
     gru.way = "product"
     assert_close(gru(x)[0], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_the_loop_is_left_where_it_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By figures of docs/studies/recurrent.md; many threads make torch's kernel the better one."""
+
+    def loses(kind: Any, hidden: int, rank: int, batch: int, steps: int, **options: Any) -> bool:
+        layer = kind(4, hidden, rank=(None, rank), device="meta", **options)
+        matrices = [read(getattr(layer, name), layer.gates) for name in layer.matrices]
+        return ways.loop_loses(torch.empty(steps, batch, 4), matrices, Layout())
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert loses(LowRankLSTM, 256, 128, 20, 80)
+    assert not loses(LowRankLSTM, 256, 32, 20, 80)
+    assert not loses(LowRankLSTM, 650, 325, 20, 35)
+    # One sequence: forming W costs more than all steps.
+    assert not loses(LowRankLSTM, 1024, 256, 1, 64)
+    assert not loses(LowRankGRU, 256, 128, 20, 80)
+    assert not loses(LowRankLSTM, 256, 60, 20, 80, proj_size=64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert loses(LowRankLSTM, 256, 64, 20, 80)
+    assert not loses(LowRankLSTM, 650, 162, 20, 35)
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -331,7 +331,7 @@ class OpenRecurrent(nn.Module, ABC):
             return self._run(given, states, matrices, layout, reverse, way, ahead)
 
         ways = possible(self.kind, matrices, ahead, layout)
-        return run(choose(self.way, ways, x, matrices, run))
+        return run(choose(self.way, ways, x, matrices, layout, run))
 
     def _all_native(
         self, x: Tensor, states: tuple[Tensor, ...], layout: Layout

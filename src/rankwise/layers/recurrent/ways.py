@@ -21,6 +21,10 @@ from rankwise.layers.recurrent.matrices import Encoded, Matrix
 from rankwise.layers.recurrent.sequences import Layout
 
 WAYS = ("auto", "loop", "product", "projected")
+# What the calls of one step cost, in multiplications and additions: AMD EPYC, where 256 units at
+# rank 64 and batch 20 are as fast in a loop as by the product (docs/studies/recurrent.md).
+CALLS = 7e6
+_THREADS = torch.get_num_threads()  # as torch.compile cannot ask for it
 _REPEATS = 3
 _measured: dict[tuple[Any, ...], dict[str, float]] = {}
 
@@ -56,6 +60,7 @@ def choose(
     ways: tuple[str, ...],
     x: Tensor | Encoded,
     matrices: Sequence[Matrix],
+    layout: Layout,
     run: Callable[[str, Any], Results],
 ) -> str:
     """The way that is asked for, if it is possible; else the faster one.
@@ -65,6 +70,7 @@ def choose(
         ways: the possible ones.
         x: (T, B, N), the layer's input.
         matrices: of the layer in one direction.
+        layout: how the sequences lie.
         run: runs the layer on an input, one way.
 
     Raises:
@@ -79,11 +85,28 @@ def choose(
         wrap = Encoded if isinstance(x, Encoded) else None
         seconds = measure(ways, given, matrices, lambda way, y: run(way, wrap(y) if wrap else y))
         return min(seconds, key=lambda way: seconds[way])
-    return "product" if given.device.type == "cuda" or _losing(given, matrices) else "loop"
+    return (
+        "product" if given.device.type == "cuda" or loop_loses(given, matrices, layout) else "loop"
+    )
 
 
-def _losing(x: Tensor, matrices: Sequence[Matrix]) -> bool:
-    return False
+def loop_loses(x: Tensor, matrices: Sequence[Matrix], layout: Layout) -> bool:
+    """Whether torch's kernel on the product is expected to be faster on a CPU.
+
+    A rule and no measurement, so that a resumed run takes the same way. The loop saves the
+    difference of the recurrent products and the forming of W, and pays for the calls of each step;
+    threads make the kernel's one call faster, but not those. torch's GRU, its projections and its
+    packed sequences have no such kernel there.
+    """
+    hh = matrices[1]
+    if hh.v is None or hh.gates == 3 or len(matrices) > 2 or layout.packed is not None:
+        return False
+    (steps, batch), hidden = x.shape[:2], hh.v.shape[1]
+    rows = hh.gates * hidden
+    saved = 2 * batch * (rows * hidden - hh.u.numel() - hh.v.numel())
+    forming = 2 * hh.u.numel() * hidden
+    threads = _THREADS if torch.compiler.is_compiling() else torch.get_num_threads()
+    return steps * saved + 2 * forming < steps * CALLS * threads**1.5
 
 
 def measure(
