@@ -81,6 +81,17 @@ def test_where_a_projection_can_stand_for_the_factors(monkeypatch: pytest.Monkey
     assert taken(lstm(1, (4, None)), x, monkeypatch) == [("product",)]
 
 
+def test_who_asks_to_recompute_gets_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = lstm(1, 4)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "rankwise.layers.recurrent.base.choose", lambda way, *_: asked.append(way) or "loop"
+    )
+    for layer.recompute in (False, True):
+        layer(noise(T, B, I))
+    assert asked == ["auto", "loop"]
+
+
 def test_an_unknown_way_is_refused() -> None:
     layer = lstm(1, 4)
     layer.way = "projekted"

@@ -41,7 +41,8 @@ class OpenRecurrent(nn.Module, ABC):
 
     Attributes:
         recompute: keep no gates for backward but make them again: a quarter to a half of the
-            memory for a tenth to a quarter more time. Of layers with low-rank recurrence.
+            memory for a tenth to a quarter more time. Layers with a low-rank recurrence then run
+            in the loop, unless `way` says otherwise.
         way: how those are run, see `recurrent.ways`: "auto", or one of them wherever possible.
     """
 
@@ -331,7 +332,9 @@ class OpenRecurrent(nn.Module, ABC):
             return self._run(given, states, matrices, layout, reverse, way, ahead)
 
         ways = possible(self.kind, matrices, ahead, layout)
-        return run(choose(self.way, ways, x, matrices, layout, run))
+        # Only the loop can make gates again: who asks for memory is not given speed.
+        asked = "loop" if self.recompute and self.way == "auto" else self.way
+        return run(choose(asked, ways, x, matrices, layout, run))
 
     def _all_native(
         self, x: Tensor, states: tuple[Tensor, ...], layout: Layout
