@@ -374,3 +374,12 @@ def test_rmsprops_buffer_of_finished_updates_restarts_and_its_second_moment_is_c
     assert not state["momentum_buffer"].any()
     torch.testing.assert_close(state["square_avg"], second @ v.square().mT, rtol=1e-5, atol=1e-7)
     assert optimizer.state[dense.bias]["momentum_buffer"].any()
+
+
+def test_what_was_frozen_has_no_gradient_that_clipping_would_count() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3, 8)).sum().backward()
+    rebind(optimizer, rankwise.adapt(model, 2, ["0"]))
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    assert {p for p in model.parameters() if p.grad is not None} <= held

@@ -92,6 +92,9 @@ def rebind(
     for parameter in change.frozen:
         places.remove(parameter)
         optimizer.state.pop(parameter, None)
+        if not parameter.requires_grad:
+            # The optimizer's zero_grad does not reach it any more, but clipping would count it.
+            parameter.grad = None
     places.rename()
     _begin_eager_states(optimizer, change)
     reset = sum(
