@@ -753,11 +753,21 @@ def test_a_compiled_step_is_refused_with_the_reason() -> None:
         torch.compile(run.optimizer.step, backend="eager")()
 
 
-def test_a_closure_is_refused() -> None:
-    model = mlp()
-    run = begin(model, GaLore(4))
-    with pytest.raises(LifeCycleError, match="closure"):
-        run.optimizer.step(lambda: 0.0)
+def test_a_closure_gives_the_weights_of_the_plain_loop() -> None:
+    plain, closed = mlp(), mlp()
+    train(begin(plain, GaLore(4, every=2)), batches(5))
+    run = begin(closed, GaLore(4, every=2))
+    for batch in batches(5):
+
+        def closure(batch: Batch = batch) -> Any:
+            run.optimizer.zero_grad()
+            loss = loss_of(closed, batch)
+            loss.backward()
+            return loss
+
+        run.optimizer.step(closure)
+    for one, other in zip(plain.parameters(), closed.parameters(), strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=0)
 
 
 def test_a_switch_of_the_weights_does_not_go_with_it() -> None:

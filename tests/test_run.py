@@ -284,11 +284,41 @@ def test_without_hooks_the_loop_calls_them_itself() -> None:
     assert_same(hooked, manual)
 
 
-def test_a_closure_with_hooks_raises_with_the_way_out() -> None:
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_a_closure_is_waited_for(by_keyword: bool) -> None:
+    """It computes and clips within the step; the methods see what it leaves."""
+    plain, closed = network(), network()
+    optimizer = sgd(plain)
+    rankwise.start(plain, pufferfish(lr_factor=0.5), optimizer)
+    train(plain, optimizer, range(8))
+    optimizer = sgd(closed)
+    run = rankwise.start(closed, pufferfish(lr_factor=0.5), optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        x, y = batch(run.step)
+        loss = F.cross_entropy(closed(x), y)
+        loss.backward()
+        return loss
+
+    step: Any = optimizer.step
+    for _ in range(8):
+        loss = step(closure=closure) if by_keyword else step(closure)
+        assert isinstance(loss, Tensor)
+    assert run.step == 8
+    assert_same(plain, closed)
+
+
+def test_a_closure_that_is_evaluated_twice_is_refused() -> None:
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            closure()
+            return super().step(closure)
+
     model = network()
-    optimizer = sgd(model)
+    optimizer = Twice(model.parameters(), lr=0.1)
     rankwise.start(model, pufferfish(), optimizer)
-    with pytest.raises(LifeCycleError, match="hooks=False"):
+    with pytest.raises(LifeCycleError, match="evaluates its closure several times"):
         optimizer.step(lambda: 0.0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -207,18 +207,30 @@ def behind_the_step(methods: Sequence[Method]) -> list[Method]:
     return sorted(methods, key=lambda method: "low-rank gradients" not in method.provides)
 
 
-def check_step(closure: object = None, *others: object, **keywords: object) -> None:
-    """Refuse a closure, given by position or keyword, where step hooks serve the run.
+def closure_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """The closure among the arguments of a step; Accelerate passes None by position."""
+    return kwargs.get("closure", args[1] if len(args) > 1 else None)
+
+
+def followed_by(closure: Callable[..., Any], before: Callable[[], object]) -> Callable[..., Any]:
+    """A closure that lets a run see the gradients it has computed.
 
     Raises:
-        LifeCycleError: saying how to go without hooks.
+        LifeCycleError: when it is evaluated once more.
     """
-    if closure is not None:  # Accelerate passes None by position
-        raise LifeCycleError(
-            "optimizer.step(closure) computes its gradients after the step hook, so the methods "
-            "cannot see them; call backward() before step(), or start(..., hooks=False) and call "
-            "run.before_step() inside the closure and run.after_step() behind the step"
-        )
+    calls = []
+
+    def both() -> Any:
+        if calls:
+            raise LifeCycleError(
+                "the optimizer evaluates its closure several times within a step, so no hook can "
+                "tell which gradients it steps by; use one that evaluates it once"
+            )
+        calls.append(closure())
+        before()
+        return calls[0]
+
+    return both
 
 
 # Optimizers whose step hooks a run hangs on: with two runs every step would count twice.
@@ -229,12 +241,23 @@ _resting: WeakSet[Optimizer] = WeakSet()
 def hang_on(
     optimizer: Optimizer, before: Callable[[], object], after: Callable[[], object]
 ) -> list[RemovableHandle]:
-    """Have a run's two hooks called around every step of the optimizer, which is now the run's."""
+    """Have a run's two hooks called around every step of the optimizer, which is now the run's.
 
-    def on_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if optimizer not in _resting:
-            check_step(*args[1:], **kwargs)
+    A closure is waited for: `before` is called behind it, still ahead of the update.
+    """
+
+    def on_step(
+        _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if optimizer in _resting:
+            return None
+        closure = closure_of(args, kwargs)
+        if closure is None:
             before()
+            return None
+        # It computes, and clips, the gradients within the step.
+        others = {key: value for key, value in kwargs.items() if key != "closure"}
+        return (args[0], followed_by(closure, before), *args[2:]), others
 
     def on_stepped(*_: object) -> None:
         if optimizer not in _resting:
