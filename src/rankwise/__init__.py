@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rankwise import errors, layers, linalg, ranks
     from rankwise.checkpoint import load, methods_state, restore_methods, save, states_by_weight
     from rankwise.closing import to_dense
+    from rankwise.integrations.peft import export_peft, import_peft
     from rankwise.method import Change, Context, Method
     from rankwise.methods import (
         LTE,
@@ -90,6 +91,8 @@ _HOME = {
     "impose_plan": "rankwise.structure",
     "read_plan": "rankwise.structure",
     "to_dense": "rankwise.closing",
+    "export_peft": "rankwise.integrations.peft",
+    "import_peft": "rankwise.integrations.peft",
 }
 
 __all__ = [
@@ -122,8 +125,10 @@ __all__ = [
     "Tracked",
     "adapt",
     "errors",
+    "export_peft",
     "factorize",
     "frobenius_decay_",
+    "import_peft",
     "impose_plan",
     "layers",
     "linalg",

@@ -1,0 +1,1 @@
+"""Thin bridges to other libraries; none of them is needed to import this one."""
