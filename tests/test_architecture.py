@@ -33,6 +33,7 @@ LAYERS = (
     (
         "run",
         "running_statistics",
+        "beside",
         "events",
         "composition",
         "isolation",

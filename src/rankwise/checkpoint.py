@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankwise import __version__, composition, distributed, sharding, storage
+from rankwise import __version__, beside, composition, distributed, sharding, storage
 from rankwise.errors import CheckpointError, LifeCycleError, unknown
 from rankwise.layers import adapted_layers
 from rankwise.method import Method
@@ -56,7 +56,8 @@ class Checkpoint:
         step: finished optimizer steps.
         run: what `Run.state_dict` returned.
         weights: the bare model's state dict. Tensors are stored contiguous; `load_state_dict`
-            copies their values into each parameter's own memory format.
+            copies their values into each parameter's own memory format. Empty where a trainer's
+            own checkpoint holds them.
         extra: what the training loop gave to `save`: recipe, scheduler, position in the data.
         random: worker -> state of its random number generators.
         apart: worker -> run and weights of its own, but for worker 0, where workers train apart
@@ -252,12 +253,15 @@ def load(path: str | Path) -> Checkpoint:
     Args:
         path: a step directory, or the directory that holds them: then the newest. A newest one
             that is corrupt is an error that names the newest whole one, not a silent step back.
+            Or a trainer's checkpoint, see `beside`.
 
     Raises:
         CheckpointError: missing, foreign, corrupt, of a newer format, or unsafe.
     """
     path = Path(path)
     try:
+        if beside.is_beside(path):
+            return Checkpoint(path, (state := beside.read(path))["step"], state, {}, {}, {}, {})
         if not path.exists():
             raise CheckpointError(f"no checkpoint at {path}: there is no such directory")
         if not path.is_dir():
@@ -307,6 +311,8 @@ def _read(path: Path) -> Checkpoint:
 def _foreign(path: Path) -> str:
     names = sorted(p.name for p in path.iterdir())
     known = {
+        "trainer_state.json": "a checkpoint of a Trainer that was saved without rankwise's "
+        "RunCallback, or killed while saving: give an earlier one",
         "config.json": "a Hugging Face model; load its weights into your model yourself",
         ".metadata": "a torch.distributed.checkpoint; load it with torch",
     }

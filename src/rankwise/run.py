@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankwise import accounting, checkpoint, composition, distributed, sharding, structure
-from rankwise.errors import LifeCycleError, PlanError
+from rankwise import accounting, beside, checkpoint, composition, distributed, sharding, structure
+from rankwise.errors import LifeCycleError
 from rankwise.events import EventLog
 from rankwise.followers import give_structure, inside
 from rankwise.handle import ModelHandle, Wrap
@@ -77,9 +77,9 @@ def start(
         on_event: called with every event (a dict of numbers and strings).
         hooks: False for loops that call `run.before_step` and `run.after_step` themselves.
         seed: of the methods' own random numbers.
-        resume: a checkpoint of `rankwise.save`; the model and optimizer passed are then those of
-            a fresh start, and take on structure, values and state of the saved run. Schedulers
-            and random numbers: `run.resumed.restore_scheduler`, `run.resumed.restore_random`.
+        resume: a checkpoint of `rankwise.save`, or a trainer's (`rankwise.integrations`); model and
+            optimizer are those of a fresh start, and take on structure, values (a trainer's from
+            that trainer) and state. See `run.resumed.restore_scheduler`, `restore_random`.
 
     Returns:
         The run; train with `run.model`, end with `run.finish()`.
@@ -110,6 +110,7 @@ def start(
         if saved is not None:
             run.load_state_dict(*saved.of_this_worker())
             run.resumed = saved
+            beside.wait_for_trainer(run)
         run._begin(hooks)
     except BaseException:
         for method in methods:
@@ -269,8 +270,8 @@ class Run:
         """Take on a saved run's structure, weights and state; before the first step only.
 
         Args:
-            state_dict: what `state_dict` returned.
-            weights: the bare model's state dict of that moment.
+            state_dict: what `state_dict` returned; without "optimizer" if a trainer loads that.
+            weights: the bare model's state dict of that moment; empty if a trainer loads it.
 
         Raises:
             PlanError: the structure does not fit this model.
@@ -285,16 +286,15 @@ class Run:
             raise LifeCycleError(f"the saved run used the methods {saved}, this one has {own}")
         change = structure.impose_plan(self.bare, state_dict["plan"])
         rebind(self.optimizer, change)
-        try:
-            self.bare.load_state_dict(sharding.cut_as(weights, self.bare.state_dict()))
-        except RuntimeError as error:
-            raise PlanError(f"the saved weights do not fit this model: {error}") from error
+        if weights:
+            sharding.load_weights(self.bare, weights)
         for method in self.methods:
             rebind(self.optimizer, method.resume(self.bare), self._names())
         regroup(self.optimizer, self._names(), state_dict["parameter_names"])
-        saved_optimizer = unpacked(state_dict["optimizer"])
-        self.optimizer.load_state_dict(part_states(self.optimizer, saved_optimizer))
-        self._saved_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        if "optimizer" in state_dict:
+            saved_optimizer = unpacked(state_dict["optimizer"])
+            self.optimizer.load_state_dict(part_states(self.optimizer, saved_optimizer))
+            self._saved_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.step = int(state_dict["step"])
         for key, method in self._keyed().items():
             method.load_state_dict(state_dict["methods"][key])

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise import distributed
+from rankwise.errors import PlanError
 
 
 def is_sharded(value: Any) -> bool:
@@ -117,3 +118,15 @@ def _mapped(value: Any, function: Callable[[Any], Tensor]) -> Any:
     if kind in (list, tuple):
         return kind(_mapped(inner, function) for inner in value)
     return value
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load a whole state dict into a model, sharded or not.
+
+    Raises:
+        PlanError: it is of another model.
+    """
+    try:
+        model.load_state_dict(cut_as(weights, model.state_dict()))
+    except RuntimeError as error:
+        raise PlanError(f"the saved weights do not fit this model: {error}") from error

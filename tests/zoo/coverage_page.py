@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from architectures import ZOO, Architecture
 
-import conftest
 from rankwise import accounting, candidates, models, ranks
 from rankwise.errors import SelectionError
 from rankwise.training import environment
@@ -169,8 +169,11 @@ def main() -> None:
     """Write the page."""
     import transformers
 
+    sys.path.append(str(Path(__file__).parent.parent))
+    from torchvision_operators import stub_operators
+
     torch.set_num_threads(1)
-    conftest.stub_operators()
+    stub_operators()
     rows = [row(architecture) for architecture in ZOO if architecture.full]
     sizes = [size_row(name) for name in SIZES]
     head = _SIZES_HEAD.format(
