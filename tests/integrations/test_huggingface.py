@@ -141,6 +141,14 @@ def test_trainer_cannot_resume_without_the_run(tmp_path: Path) -> None:
         in_trainer("pufferfish", tmp_path, resume=checkpoint)
 
 
+def test_workers_that_train_apart_are_not_saved_by_a_trainer() -> None:
+    model = network()
+    method = rankwise.LTE(mode="workers", heads=1, rank=2, layers="fc*", merge_every=2)
+    run = rankwise.start(model, method, adamw(model))
+    with pytest.raises(LifeCycleError, match="holds those of worker 0 alone"):
+        beside.state_of(run)
+
+
 def test_a_best_checkpoint_of_another_structure_is_not_loaded(tmp_path: Path) -> None:
     options = {
         "load_best_model_at_end": True,

@@ -103,6 +103,18 @@ def test_an_exported_adapter_has_the_same_outputs_in_peft(opening: Opening, tmp_
     torch.testing.assert_close(back(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_half_precision(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    """Equal to its rounding in PEFT, which computes updates in float32; exactly the same here."""
+    model = adapted(Opening(rank=2, dtype=dtype), ["block.*", "conv"], net().bfloat16())
+    rankwise.export_peft(model, tmp_path)
+    there = in_peft(net().bfloat16(), tmp_path)
+    torch.testing.assert_close(there(TOKENS), model(TOKENS), rtol=0.02, atol=0.01)
+    back = net().bfloat16()
+    rankwise.import_peft(back, tmp_path)
+    torch.testing.assert_close(back(TOKENS), model(TOKENS), rtol=0, atol=0)
+
+
 def test_an_update_that_was_merged_in_part_is_exported_without_that_part(tmp_path: Path) -> None:
     model = adapted(Opening(rank=2, heads=2, anchored=True), ["block.*"])
     for layer in adapted_layers(model).values():
