@@ -250,17 +250,14 @@ def timed(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for threads, (first, last) in itertools.product(options.threads, options.ranks):
         torch.set_num_threads(threads)
-        held = {name: make() for name, make in sides(first, last).items()}
+        chosen = {n: m for n, m in sides(first, last).items() if n in (options.sides or [n])}
+        held = {name: make() for name, make in chosen.items()}
         times = rounds({name: side.step for name, side in held.items()}, options.repeats)
         for name, side in held.items():
             share = side.share()
             times[name] = [each + share for each in times[name]]
         updates.show_times(f"ranks {first} to {last}, {threads} thread(s)", times, "frozen")
-        events = getattr(held["AdaLoRA, final, shrunk"], "run").events  # noqa: B009
-        shrink = next(e["seconds"] for e in events if e["event"] == "ranks")
-        print(f"  the exchange of tensors took {1e3 * shrink:.1f} ms, once")
-        row = {"ranks": [first, last], "threads": threads, "times": times, "shrink_s": shrink}
-        rows.append(row)
+        rows.append({"ranks": [first, last], "threads": threads, "times": times})
         del held
         gc.collect()
     return rows
@@ -270,7 +267,7 @@ def weighed(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Print and return bytes, every side in a process of its own."""
     rows = []
     for first, last in options.ranks:
-        for name in sides(first, last):
+        for name in options.sides or sides(first, last):
             pair = f"{first}:{last}"
             command = [sys.executable, __file__, "memory", "--ranks", pair, "--one", name]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -290,6 +287,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=_pair, nargs="+", default=[(12, 8), (64, 16)])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=7, help="rounds, at least 2")
+    parser.add_argument("--sides", nargs="+", help="all without it; of step frozen is one")
     parser.add_argument("--json", type=Path, help="record to add to")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # memory, in its own process
     return parser.parse_args(argv)
