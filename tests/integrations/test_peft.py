@@ -90,7 +90,14 @@ def gpt2() -> Any:
 
 
 # rank 3 of the groups of a convolution is 6 in PEFT: it needs rank_pattern, alpha_pattern
-@pytest.mark.parametrize("opening", [Opening(rank=3, scale=0.7), Opening(rank=2, heads=3)])
+@pytest.mark.parametrize(
+    "opening",
+    [
+        Opening(rank=3, scale=0.7),
+        Opening(rank=2, heads=3),
+        Opening(rank=3, scale=4.0, diagonal=True),
+    ],
+)
 def test_an_exported_adapter_has_the_same_outputs_in_peft(opening: Opening, tmp_path: Path) -> None:
     model = adapted(opening, ALL)
     rankwise.export_peft(model, tmp_path)

@@ -31,7 +31,7 @@ def pair_of(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
     # What is in W already counts as merged; before the first merge that is nothing.
     heads, merged = list[Any](layer.heads), list[Any](layer.merged or ())
     used = [(h, 1.0) for h in heads] + [(m, -1.0) for m in merged if bool(m.u.weight.any())]
-    parts = [(_by_group(h), _columns(h) * sign) for h, sign in used]
+    parts = [(_with_core(h, _by_group(h)), _columns(h) * sign) for h, sign in used]
     a, b = torch.cat([a for a, _ in parts], 1), torch.cat([b for _, b in parts], 1)
     if isinstance(head, LowRankConv):
         return _all_channels(a), b
@@ -96,6 +96,13 @@ def _by_group(head: Any) -> Tensor:
     """V as (G, R, ...): a convolution's groups; of a fused projection all codes are one group."""
     groups = head.groups if isinstance(head, LowRankConv) else 1
     return head.v.weight.detach().unflatten(0, (groups, -1))
+
+
+def _with_core(head: Any, rows: Tensor) -> Tensor:
+    """diag(c) V of an update of AdaLoRA, as V (G, R, ...) is given; V itself of the others."""
+    if head.core is None:
+        return rows
+    return rows * head.core.weight.detach().view(*rows.shape[:2], *(1,) * (rows.dim() - 2))
 
 
 def _columns(head: Any) -> Tensor:
