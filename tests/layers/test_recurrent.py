@@ -338,6 +338,33 @@ def test_cells_are_kept_in_float32() -> None:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
+def test_shapes_on_the_meta_device(kind: str) -> None:
+    low = CLASSES[kind](I, H, 2, rank=3, device="meta")
+    y = low(torch.empty(T, B, I, device="meta"))[0]
+    assert y.shape == (T, B, H)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in low.parameters())
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_no_sequences_at_all_and_frozen_factors(kind: str) -> None:
+    low = CLASSES[kind](I, H, 2, rank=3, dtype=torch.float64)
+    for low.recompute in (False, True):
+        y = low(noise(T, 0, I))[0]
+        assert y.shape == (T, 0, H)
+        y.sum().backward()
+    low.zero_grad()
+    for parameter in low.parameters():
+        parameter.requires_grad_(parameter is low.hh_l0.v.weight)
+    whole = CLASSES[kind](I, H, 2, rank=3, dtype=torch.float64)
+    whole.load_state_dict(low.state_dict())
+    for layer in (low, whole):
+        weigh(layer(noise(T, B, I))).backward()
+    assert_close(low.hh_l0.v.weight.grad, whole.hh_l0.v.weight.grad, rtol=1e-12, atol=1e-12)
+    assert low.ih_l1.u.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", CLASSES)
 def test_compiles_to_one_graph(kind: str) -> None:
     torch.manual_seed(0)
     low, x = CLASSES[kind](I, H, 2, bidirectional=True, rank=3), torch.randn(T, B, I)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+from rankwise.layers.recurrent.codes import autocast_is_on
 
 
 def check_input(layer: Any, x: Tensor | PackedSequence) -> None:
@@ -22,7 +23,7 @@ def check_input(layer: Any, x: Tensor | PackedSequence) -> None:
     if not isinstance(x, PackedSequence) and x.dim() not in (2, 3):
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}D instead")
     weights = next(layer.parameters()).dtype
-    if rows.dtype != weights and not torch.is_autocast_enabled(rows.device.type):
+    if rows.dtype != weights and not autocast_is_on(rows):
         raise ValueError(
             f"{name} input dtype ({rows.dtype}) does not match weight dtype ({weights}). "
             f"Convert input: input.to({weights}), or convert model: model.to({rows.dtype})"

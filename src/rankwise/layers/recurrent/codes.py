@@ -23,10 +23,15 @@ def chunks(steps: int, batch: int, *, backwards: bool) -> tuple[int, list[tuple[
     return length, ranges[::-1] if backwards else ranges
 
 
+def autocast_is_on(x: Tensor) -> bool:
+    """Whether autocast is on where a tensor is; there is none on the meta device."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def operand_dtype(x: Tensor) -> torch.dtype:
     """Of the operands of GEMMs: autocast's where it is on, else that of layer and inputs."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
 
 
 def state_dtype(operands: torch.dtype) -> torch.dtype:

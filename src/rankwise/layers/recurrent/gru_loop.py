@@ -128,7 +128,7 @@ def _loop(
     state, half, buffer = h0 / 2, torch.full_like(h0, 0.5), h0.new_empty(batch, 4 * hidden)
     sizes, add, addcmul, lerp = (2 * hidden, hidden), torch.add, torch.addcmul, torch.lerp
     for start, end in ranges:
-        x = from_x(zx[start:end].flatten(0, 1)).to(h0.dtype).unflatten(0, (-1, batch))
+        x = from_x(zx[start:end].flatten(0, 1)).to(h0.dtype).unflatten(0, (end - start, batch))
         x_n, x_rz = (part.unbind(0) for part in x.split(sizes[::-1], 2))
         chunk = slab[start:end] if len(slab) else buffer.expand(end - start, -1, -1)
         n, r, z, m = (part.unbind(0) for part in chunk.chunk(4, 2))
@@ -249,12 +249,12 @@ class _Backward:
             return self.slab[start:end].chunk(4, 2)
         assert self.from_x is not None
         assert self.from_h is not None
-        hidden, shape = self.hidden, (end - start, self.h0.shape[0], -1)
+        hidden, shape = self.hidden, (end - start, len(self.h0))
         x = self.from_x(self.zx[start:end].flatten(0, 1)).to(self.h0.dtype)
         h = self.from_h(self.q[start:end].flatten(0, 1)).to(self.h0.dtype)
         x[:, hidden:].add_(h[:, : 2 * hidden]).sigmoid_()
-        n, r, z = x.view(shape).chunk(3, 2)
-        m = h[:, 2 * hidden :].reshape(shape)
+        n, r, z = x.unflatten(0, shape).chunk(3, 2)
+        m = h[:, 2 * hidden :].unflatten(0, shape)
         n.addcmul_(r, m).sigmoid_().sub_(0.5)
         return n, r, z, m
 

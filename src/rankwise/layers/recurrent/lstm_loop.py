@@ -259,7 +259,7 @@ class _Backward:
         assert self.from_z is not None
         gates = self.from_x(self.zx[start:end].flatten(0, 1)).to(self.cells.dtype)
         gates.add_(self.from_z(self.zh[start:end].flatten(0, 1))).sigmoid_()
-        parts = gates.unflatten(0, (end - start, -1)).chunk(G, 2)
+        parts = gates.unflatten(0, self.zx[start:end].shape[:2]).chunk(G, 2)
         parts[2].sub_(0.5)
         return parts
 

@@ -200,4 +200,4 @@ class Steps:
         if self.joined:
             return ()
         x = self.from_x(zx.flatten(0, 1))
-        return x.to(state_dtype(x.dtype)).unflatten(0, (-1, zx.shape[1])).unbind(0)
+        return x.to(state_dtype(x.dtype)).unflatten(0, zx.shape[:2]).unbind(0)
