@@ -237,9 +237,11 @@ def edge(record: Record, row: str) -> float | None:
     """The next rate to try where the best one is the lowest or highest tried; None inside."""
     tried = sorted(lr for (name, lr, seed) in record.runs if name == row and seed == 0)
     best = record.best(row)
+    if best is None or best == tried[0]:
+        return tried[0] / 2
     if best == tried[-1]:
         return best * 2
-    return best / 2 if best == tried[0] else None
+    return None
 
 
 def plan(
