@@ -7,8 +7,9 @@ updates beside the blocks' matrices (width 128), while embedding, head and norms
 scale of an update is 2 in every row: under Adam it acts as a factor on the learning rate, which is
 tuned. Cycles of ReLoRA are 100 of the 400 steps, a warm-start is 100 dense ones.
 
-Controls: dense AdamW, and "blocks frozen", which learns without the blocks' matrices: what updates
-are worth is the way between the two.
+Controls: dense AdamW; the same with embedding, head and norms at twice the rate, which rows of
+updates that end at a larger rate have without being asked; and "blocks frozen", which learns
+without the blocks' matrices: what updates are worth is the way between.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ GALORE = {"rank": 4, "every": 50, "layers": "*.heads.*"}
 REST = {"rank": 32, "every": 50, "layers": "embed*,head*"}
 ROWS = {
     "AdamW": Row("dense", rates(4e-3)),
-    "blocks frozen": Row("frozen", rates(1.6e-2)),
+    "AdamW, the rest at 2 lr": Row("dense", rates(2e-3), others=2.0),
+    "blocks frozen": Row("frozen", rates(8e-3)),
     "LoRA, rank 8": Row("lora", rates(8e-3), update(8)),
     "LoRA, rank 32": Row("lora", rates(8e-3), update(32)),
     "LoRA+, rank 8": Row("lora", rates(4e-3), update(8), beside={"lora-plus": {"ratio": 16.0}}),
