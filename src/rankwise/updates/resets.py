@@ -15,7 +15,7 @@ def kept_moments(
 
     One mask serves all moments of a parameter. Pruning each by its own size, as the published
     program does, leaves entries with a first moment and no second one, and Adam's next step there
-    is m / eps: 35,541 against 5.5e-4 in a try with 256 entries.
+    is m / eps.
 
     Args:
         parameter: whose moments.

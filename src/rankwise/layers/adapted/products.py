@@ -112,7 +112,7 @@ def _rows(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _as_rows(u: Tensor) -> Tensor:
-    """U^T in memory: at small ranks products with it are up to five times as fast."""
+    """U^T in memory: with columns of a few numbers products are slower than with rows."""
     return u.mT.contiguous()
 
 
