@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +37,6 @@ import rankwise
 import updates
 from gradient_memory import Live
 from rankwise.method import Method
-from rankwise.training import environment
 from updates import BATCH, CONTEXT, KINDS, MIB, NAMES, VOCABULARY
 
 EVERY, LONG, SHORT = 10, 10**6, 3  # steps between allocations; of runs that never, or soon, end
@@ -307,18 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     rows = weighed(options) if options.what == "memory" else timed(options)
     if options.json is not None:
-        before = json.loads(options.json.read_text()) if options.json.exists() else []
-        entry = {
-            "what": options.what,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": environment.commit(),
-            "versions": environment.versions(),
-            "hardware": environment.hardware(torch.device("cpu"), max(options.threads)),
-            "repeats": options.repeats,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps([*before, entry], indent=1) + "\n")
-        print(f"\nwritten: {options.json}")
+        updates.add_to_record(options, rows)
     return 0
 
 

@@ -324,6 +324,22 @@ def weighed(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def add_to_record(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
+    """Append what a call measured, and where, to the file that it names."""
+    before = json.loads(options.json.read_text()) if options.json.exists() else []
+    entry = {
+        "what": options.what,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": environment.commit(),
+        "versions": environment.versions(),
+        "hardware": environment.hardware(torch.device("cpu"), max(options.threads)),
+        "repeats": options.repeats,
+        "rows": rows,
+    }
+    options.json.write_text(json.dumps([*before, entry], indent=1) + "\n")
+    print(f"\nwritten: {options.json}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     if options.one:
@@ -331,18 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     rows = weighed(options) if options.what == "memory" else timed(options)
     if options.json is not None:
-        before = json.loads(options.json.read_text()) if options.json.exists() else []
-        entry = {
-            "what": options.what,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": environment.commit(),
-            "versions": environment.versions(),
-            "hardware": environment.hardware(torch.device("cpu"), max(options.threads)),
-            "repeats": options.repeats,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps([*before, entry], indent=1) + "\n")
-        print(f"\nwritten: {options.json}")
+        add_to_record(options, rows)
     return 0
 
 
