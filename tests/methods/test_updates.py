@@ -299,6 +299,11 @@ def test_an_averaged_copy_follows_updates_and_merges() -> None:
         before = function(average)
         run.optimizer.step()
         torch.testing.assert_close(function(average), before)  # a merge changes no function
+        if step in (4, 7):  # merged: its own update is in its own weights, and it begins anew too
+            for name, layer in adapted_layers(average.module).items():
+                assert not head(layer).u.weight.any()
+                theirs = head(adapted_layers(model)[name])
+                torch.testing.assert_close(head(layer).v.weight, theirs.v.weight)
         average.update_parameters(model)
         model.train()
     run.finish()
