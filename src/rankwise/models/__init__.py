@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import OptionError, unknown
-from rankwise.models.entry import CLASSIFICATION, LANGUAGE, OTHER, Model
+from rankwise.models.encoder_decoder import EncoderDecoder, Translator, greedy
+from rankwise.models.entry import CLASSIFICATION, LANGUAGE, OTHER, TRANSLATION, Model
 from rankwise.models.mlp import MLP
 from rankwise.models.recurrent import RecurrentLanguageModel, Stateful
 from rankwise.models.reference import LIBRARIES, parse
@@ -34,13 +35,17 @@ __all__ = [
     "MODELS",
     "OTHER",
     "SIZES",
+    "TRANSLATION",
+    "EncoderDecoder",
     "Model",
     "RecurrentLanguageModel",
     "ResNet",
     "Stateful",
     "Transformer",
+    "Translator",
     "build",
     "find",
+    "greedy",
     "listed",
     "sample",
 ]
@@ -102,6 +107,20 @@ def _reads_text(
         task=LANGUAGE,
         classes=vocabulary,
         input_shape=(tokens,),
+    )
+
+
+def _translates(description: str, *, vocabulary: int, tokens: int = 32, **sizes: Any) -> Model:
+    # Positions are sines, so that no length is built in; a plan is counted for one pair.
+    return Model(
+        description=description,
+        make=lambda classes, _: EncoderDecoder(vocabulary=classes, **sizes),
+        task=TRANSLATION,
+        classes=vocabulary,
+        input_shape=(tokens,),
+        example=lambda shape: {
+            side: torch.ones(1, *shape, dtype=torch.int64) for side in ("source", "target")
+        },
     )
 
 
@@ -170,6 +189,14 @@ MODELS: dict[str, Model] = {
         "LSTM of the Pufferfish study: two layers of 1500, tied head, dropout 0.65 (2103.03936)",
         **{"vocabulary": 33_278, "tokens": 35, "width": 1500, "hidden": 1500, "layers": 2},
         **{"dropout": 0.65, "tied": True},
+    ),
+    "transformer-base": _translates(
+        "encoder-decoder of translation: width 512, 6 + 6 layers (1706.03762, 2103.03936)",
+        **{"vocabulary": 9_521, "width": 512, "layers": 6, "heads": 8, "hidden": 2048},
+    ),
+    "transformer-tiny": _translates(
+        "encoder-decoder for small texts in pairs: width 128, 2 + 2 layers",
+        **{"vocabulary": 4_000, "width": 128, "layers": 2, "heads": 4, "hidden": 512},
     ),
     # Sizes of the common pre-training protocol (GaLore, arXiv 2403.03507, and its successors).
     "llama-60m": _llama(512, 8, 8, 1376),

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-CLASSIFICATION, LANGUAGE, OTHER = "classification", "language modelling", "another task"
+CLASSIFICATION, LANGUAGE = "classification", "language modelling"
+TRANSLATION, OTHER = "translation", "another task"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +20,9 @@ class Model:
         description: one line.
         make: called with (classes, input_shape): outputs or vocabulary, and the shape of one input:
             channels, height, width of an image, or the number of tokens of a text.
-        task: "classification"; "language modelling": tokens (B, T) -> scores (B, T, classes); or
-            "another task", which can be planned but not trained from a recipe.
+        task: "classification"; "language modelling": tokens (B, T) -> scores (B, T, classes);
+            "translation": source (B, S) and target (B, T) -> scores (B, T, classes); or "another
+            task", which can be planned but not trained from a recipe.
         classes: what `make` is given when nothing else is known.
         input_shape: likewise.
         example: called with input_shape: what the network's forward takes by keyword, one of each;
