@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +20,7 @@ from rankwise.errors import OptionError, unknown
 from rankwise.models.encoder_decoder import EncoderDecoder, Translator, greedy
 from rankwise.models.entry import CLASSIFICATION, LANGUAGE, OTHER, TRANSLATION, Model
 from rankwise.models.mlp import MLP
+from rankwise.models.networks import MODELS
 from rankwise.models.recurrent import RecurrentLanguageModel, Stateful
 from rankwise.models.reference import LIBRARIES, parse
 from rankwise.models.resnet import ResNet
@@ -49,160 +49,6 @@ __all__ = [
     "listed",
     "sample",
 ]
-
-
-def _mlp(*layers: int) -> Callable[[int, tuple[int, ...]], nn.Module]:
-    return lambda classes, shape: MLP(math.prod(shape), layers, classes)
-
-
-def _resnet(
-    *, widths: tuple[int, ...], blocks: tuple[int, ...], stem_stride: int = 1
-) -> Callable[[int, tuple[int, ...]], nn.Module]:
-    def make(classes: int, shape: tuple[int, ...]) -> nn.Module:
-        if len(shape) != 3:
-            raise OptionError(
-                f"a residual network reads images (channels, height, width), not inputs of shape "
-                f"{shape}; give input_shape three numbers or choose an MLP"
-            )
-        return ResNet(shape[0], widths, blocks, classes, stem_stride=stem_stride)
-
-    return make
-
-
-def _language(
-    description: str, *, vocabulary: int = 32_000, tokens: int = 256, **sizes: Any
-) -> Model:
-    return _reads_text(
-        description,
-        lambda classes, context: Transformer(vocabulary=classes, context=context, **sizes),
-        vocabulary,
-        tokens,
-    )
-
-
-def _recurrent(description: str, *, vocabulary: int = 256, tokens: int, **sizes: Any) -> Model:
-    # The state is handed over from window to window, so that no length is built in.
-    return _reads_text(
-        description,
-        lambda classes, _: RecurrentLanguageModel(vocabulary=classes, **sizes),
-        vocabulary,
-        tokens,
-    )
-
-
-def _reads_text(
-    description: str, build: Callable[[int, int], nn.Module], vocabulary: int, tokens: int
-) -> Model:
-    def make(classes: int, shape: tuple[int, ...]) -> nn.Module:
-        if len(shape) != 1:
-            raise OptionError(
-                f"a language model reads windows of (tokens,), not inputs of shape {shape}; give "
-                "input_shape one number or choose a network for images"
-            )
-        return build(classes, shape[0])
-
-    return Model(
-        description=description,
-        make=make,
-        task=LANGUAGE,
-        classes=vocabulary,
-        input_shape=(tokens,),
-    )
-
-
-def _translates(description: str, *, vocabulary: int, tokens: int = 32, **sizes: Any) -> Model:
-    # Positions are sines, so that no length is built in; a plan is counted for one pair.
-    return Model(
-        description=description,
-        make=lambda classes, _: EncoderDecoder(vocabulary=classes, **sizes),
-        task=TRANSLATION,
-        classes=vocabulary,
-        input_shape=(tokens,),
-        example=lambda shape: {
-            side: torch.ones(1, *shape, dtype=torch.int64) for side in ("source", "target")
-        },
-    )
-
-
-def _llama(width: int, layers: int, heads: int, hidden: int) -> Model:
-    return _language(
-        f"LLaMA of the GaLore protocol: width {width}, {layers} layers, {heads} heads",
-        **{"width": width, "layers": layers, "heads": heads, "hidden": hidden},
-    )
-
-
-_TINY: dict[str, Any] = {"vocabulary": 256, "tokens": 128, "width": 128, "heads": 4}
-
-MODELS: dict[str, Model] = {
-    "mlp-512x2": Model(
-        description="784-512-512-10 perceptron of the MNIST studies",
-        make=_mlp(512, 512),
-    ),
-    "mlp-128x4": Model(
-        description="784-128 and four hidden 128-128 layers: the small FCN of the MNIST study",
-        make=_mlp(128, *[128] * 4),
-    ),
-    "mlp-512x8": Model(
-        description="784-512 and eight hidden 512-512 layers: the large FCN of the MNIST study",
-        make=_mlp(512, *[512] * 8),
-    ),
-    "resnet-small": Model(
-        description="residual CNN for small grey images, an epoch of 4,000 in seconds on two cores",
-        make=_resnet(widths=(64, 128, 256), blocks=(1, 2, 2), stem_stride=2),
-    ),
-    "resnet-18": Model(
-        description="ResNet-18 in its CIFAR form: 3x3 stem, 11.2 million parameters",
-        make=_resnet(widths=(64, 128, 256, 512), blocks=(2, 2, 2, 2)),
-    ),
-    "llama-tiny": _language(
-        "causal Transformer for small texts: LLaMA blocks, width 128, 4 layers",
-        **_TINY,
-        layers=4,
-        hidden=344,
-    ),
-    "gpt2-tiny": _language(
-        "causal Transformer for small texts: GPT-2 blocks, width 128, 3 layers, tied head",
-        **_TINY,
-        layers=3,
-        hidden=512,
-        form="gpt2",
-        tied=True,
-    ),
-    "lstm-char": _recurrent(
-        "LSTM for characters or bytes: two layers of 256, an epoch of a small text in a minute",
-        **{"tokens": 64, "width": 64, "hidden": 256, "layers": 2},
-    ),
-    "lstm-char-512": _recurrent(
-        "LSTM for characters or bytes: two layers of 512, dropout 0.2",
-        **{"tokens": 64, "width": 128, "hidden": 512, "layers": 2, "dropout": 0.2},
-    ),
-    "gru-char": _recurrent(
-        "GRU for characters or bytes: two layers of 256",
-        **{"tokens": 64, "width": 64, "hidden": 256, "layers": 2, "cell": "gru"},
-    ),
-    "lstm-word": _recurrent(
-        "LSTM for words: two layers of 650, tied head, dropout 0.5 (arXiv 1409.2329, 1608.05859)",
-        **{"vocabulary": 10_000, "tokens": 35, "width": 650, "hidden": 650, "layers": 2},
-        **{"dropout": 0.5, "tied": True},
-    ),
-    "lstm-wikitext2": _recurrent(
-        "LSTM of the Pufferfish study: two layers of 1500, tied head, dropout 0.65 (2103.03936)",
-        **{"vocabulary": 33_278, "tokens": 35, "width": 1500, "hidden": 1500, "layers": 2},
-        **{"dropout": 0.65, "tied": True},
-    ),
-    "transformer-base": _translates(
-        "encoder-decoder of translation: width 512, 6 + 6 layers (1706.03762, 2103.03936)",
-        **{"vocabulary": 9_521, "width": 512, "layers": 6, "heads": 8, "hidden": 2048},
-    ),
-    "transformer-tiny": _translates(
-        "encoder-decoder for small texts in pairs: width 128, 2 + 2 layers",
-        **{"vocabulary": 4_000, "width": 128, "layers": 2, "heads": 4, "hidden": 512},
-    ),
-    # Sizes of the common pre-training protocol (GaLore, arXiv 2403.03507, and its successors).
-    "llama-60m": _llama(512, 8, 8, 1376),
-    "llama-130m": _llama(768, 12, 12, 2048),
-    "llama-350m": _llama(1024, 24, 16, 2736),
-}
 
 
 def find(name: str) -> Model:
