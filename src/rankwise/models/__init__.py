@@ -26,6 +26,8 @@ from rankwise.models.reference import LIBRARIES, parse
 from rankwise.models.resnet import ResNet
 from rankwise.models.sizes import SIZES
 from rankwise.models.transformer import Transformer
+from rankwise.models.vgg import VGG
+from rankwise.models.vit import ViT
 
 __all__ = [
     "CLASSIFICATION",
@@ -36,6 +38,7 @@ __all__ = [
     "OTHER",
     "SIZES",
     "TRANSLATION",
+    "VGG",
     "EncoderDecoder",
     "Model",
     "RecurrentLanguageModel",
@@ -43,6 +46,7 @@ __all__ = [
     "Stateful",
     "Transformer",
     "Translator",
+    "ViT",
     "build",
     "find",
     "greedy",
