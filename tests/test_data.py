@@ -7,6 +7,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import importlib.util
+import io
 import sys
 import zlib
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from rankwise import data
-from rankwise.data import Split, Splits, batches, folder, load, mnist, steps_per_epoch
+from rankwise.data import Split, Splits, batches, decode, load, mnist, steps_per_epoch, tree
 from rankwise.errors import DataError, OptionError
 
 
@@ -296,9 +297,9 @@ def test_an_image_is_scaled_by_its_shorter_side_and_cropped_to_the_middle(
         image, whole, box = Image.fromarray(wide.T), (4, 12), (0, 4, 4, 8)
     path = tmp_path / "image.png"
     image.save(path)
-    square = folder._decode(Image, path.read_bytes(), path, 1, 4)
+    square = decode.decode(path.read_bytes(), str(path), channels=1, size=4)
     expected = np.asarray(image.resize(whole, Image.Resampling.BILINEAR).crop(box))
-    np.testing.assert_array_equal(square, expected[None])
+    np.testing.assert_array_equal(square, expected[..., None])
 
 
 def test_images_are_thirty_two_pixels_wide_unless_asked_otherwise(tmp_path: Path) -> None:
@@ -314,21 +315,34 @@ def test_grey_images_have_one_channel_and_one_colour_image_makes_three(tmp_path:
     assert load(f"folder:{root}").train.images.shape[1] == 3
 
 
-def decode(tmp_path: Path, image: Image.Image, channels: int = 3) -> list[int]:
-    path = tmp_path / "one.png"
-    image.save(path)
-    return folder._decode(Image, path.read_bytes(), path, channels, 2)[:, 0, 0].tolist()
+def corner(image: Image.Image, channels: int = 3, kind: str = "PNG", **options: Any) -> list[int]:
+    """The upper left of the four pixels to which an image is brought, saved and decoded again."""
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return decode.decode(content.getvalue(), "one", channels=channels, size=2)[0, 0].tolist()
 
 
-def test_transparent_pixels_are_white_and_sixteen_bits_are_scaled(tmp_path: Path) -> None:
-    assert decode(tmp_path, Image.new("RGBA", (4, 4), (0, 0, 0, 0))) == [255] * 3
-    assert decode(tmp_path, Image.new("LA", (4, 4), (0, 0)), channels=1) == [255]
-    assert decode(tmp_path, Image.new("RGBA", (4, 4), (9, 8, 7, 255))) == [9, 8, 7]
+def test_transparent_pixels_are_white_and_sixteen_bits_are_scaled() -> None:
+    assert corner(Image.new("RGBA", (4, 4), (0, 0, 0, 0))) == [255] * 3
+    assert corner(Image.new("LA", (4, 4), (0, 0)), channels=1) == [255]
+    assert corner(Image.new("RGBA", (4, 4), (9, 8, 7, 255))) == [9, 8, 7]
     half = Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))
-    assert decode(tmp_path, half, channels=1) == [128]
+    assert corner(half, channels=1) == [128]
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 50, 60, 70])
-    assert decode(tmp_path, palette) == [50, 60, 70]
+    assert corner(palette) == [50, 60, 70]
+
+
+def test_ink_becomes_light_and_an_image_stands_as_its_camera_was_held() -> None:
+    assert corner(Image.new("CMYK", (4, 4), (255, 0, 0, 0)), kind="TIFF") == [0, 255, 255]
+    assert corner(Image.new("CMYK", (4, 4), (255, 0, 0, 0)), kind="JPEG")[0] < 5
+    quarters = np.array([[10, 60], [110, 160]], np.uint8).repeat(8, 0).repeat(8, 1)
+    turned = {1: 10, 2: 60, 3: 160, 4: 110, 5: 10, 6: 110, 7: 160, 8: 60}
+    for orientation, expected in turned.items():
+        exif = Image.Exif()
+        exif[decode.ORIENTATION] = orientation
+        found = corner(Image.fromarray(quarters), 1, "JPEG", exif=exif, quality=100)
+        assert abs(found[0] - expected) <= 24, orientation  # its neighbours reach into it
 
 
 def test_channels_are_normalised_each_and_a_constant_one_is_only_shifted(tmp_path: Path) -> None:
@@ -454,15 +468,15 @@ def test_an_enormous_file_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = fill(tmp_path, {"a": 3})
-    monkeypatch.setattr(folder, "LARGEST_FILE", 10)
+    monkeypatch.setattr(tree, "LARGEST_FILE", 10)
     refused(root, r"a/000\.png has 0 MiB")
 
 
 def test_a_set_too_large_for_memory_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     root = fill(tmp_path, {"a": 3, "b": 3})
     done: list[Any] = []
-    says = r"6 images of 3x10000x10000 take 6\.7 GiB.*smaller size or fewer"
-    refused(root, says, size=10_000, progress=lambda *counts: done.append(counts))
+    says = r"6 images of 3x20000x20000 take 6\.7 GiB.*smaller size or fewer"
+    refused(root, says, size=20_000, progress=lambda *counts: done.append(counts))
     assert done == []
 
 
@@ -488,6 +502,6 @@ def test_missing_pillow_is_answered_with_the_extra(
 def test_images_in_jpeg_are_read_near_their_colour(tmp_path: Path) -> None:
     path = tmp_path / "one.jpg"
     Image.new("RGB", (900, 700), (200, 100, 50)).save(path)
-    small = torch.from_numpy(folder._decode(Image, path.read_bytes(), path, 3, 16).copy())
+    small = torch.tensor(decode.decode(path.read_bytes(), str(path), channels=3, size=16))
     expected: Tensor = torch.tensor([200.0, 100.0, 50.0])
-    torch.testing.assert_close(small.float().mean((1, 2)), expected, rtol=0, atol=3.0)
+    torch.testing.assert_close(small.float().mean((0, 1)), expected, rtol=0, atol=3.0)

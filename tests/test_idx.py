@@ -126,7 +126,10 @@ def test_without_a_path_the_usual_places_are_looked_through_in_order(
         tmp_path / "own" / "fashion-mnist",
         tmp_path / "own" / "FashionMNIST" / "raw",
         tmp_path / "cache" / "rankwise" / "data" / "fashion-mnist",
+        tmp_path / "cache" / "rankwise" / "data" / "FashionMNIST" / "raw",
         Path("/usr/share/datasets/fashion-mnist"),
+        Path("/usr/share/datasets/FashionMNIST/raw"),
+        Path("data/fashion-mnist"),
         Path("data/FashionMNIST/raw"),
     ]
     monkeypatch.delenv("RANKWISE_DATA")

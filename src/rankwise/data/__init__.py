@@ -1,10 +1,12 @@
-"""The data sets that a recipe can name. They are whole in memory and know nothing of rank."""
+"""The data sets that a recipe can name; they know nothing of rank."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rankwise.data import cifar
+from rankwise.data.cifar import load_cifar
 from rankwise.data.folder import load_folder
 from rankwise.data.idx import PUBLISHED, load_idx
 from rankwise.data.mnist import load_mnist
@@ -51,8 +53,14 @@ DATA: dict[str, Source] = {
         description="all 70,000 MNIST digits, 28x28 grey, from the published files (or :PATH); "
         "a twelfth of each training class validates"
     ),
+    "cifar-10": Source(
+        description="CIFAR-10, 60,000 images of 32x32 in colour, from the published binary files "
+        "or folders of images (or :PATH); a tenth of each training class validates"
+    ),
+    "cifar-100": Source(description="CIFAR-100, the same with 100 classes, read alike (or :PATH)"),
     "folder:PATH": Source(
-        description="any folder of images with one sub-folder a class, with or without train/test"
+        description="any folder of images with one sub-folder a class, with or without train/test, "
+        "or a tar or zip archive of it"
     ),
     "shakespeare": Source(
         description="42 works of Shakespeare, 5.1 MB: the last ones in the alphabet held out",
@@ -97,8 +105,17 @@ def load(name: str, *, size: int | None = None, progress: Progress | None = None
         return load_folder(path, size=32 if size is None else size, progress=progress)
     if is_text(name):
         raise OptionError(f"data set '{name}' is text, not images; read it with data.load_text")
+    if kind in cifar.PUBLISHED:
+        return load_cifar(kind, _path(name), size=32 if size is None else size, progress=progress)
     if name not in DATA and kind not in PUBLISHED:
         raise OptionError(unknown("data set", name, DATA))
     if size not in (None, 28):
         raise OptionError(f"{name}: size={size}, but its images are 28x28; leave size out")
     return load_idx(name) if kind in PUBLISHED else load_mnist()
+
+
+def _path(name: str) -> str:
+    kind, colon, path = name.partition(":")
+    if colon and not path:
+        raise OptionError(f"data set '{name}' names no folder; write {kind}:PATH, or {kind} alone")
+    return path

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rankwise.data import places as usual
 from rankwise.data.splits import Splits, normalised, stratified
 from rankwise.errors import DataError, OptionError, unknown
 
@@ -128,19 +128,10 @@ def load_idx(name: str) -> Splits:
 def places(name: str) -> list[Path]:
     """Folders that are looked through, in this order, when none is given.
 
-    $RANKWISE_DATA/NAME and the same with torchvision's layout; ~/.cache/rankwise/data/NAME (or
-    below $XDG_CACHE_HOME); Debian's /usr/share/datasets/NAME; ./data with torchvision's layout.
+    NAME, and torchvision's folder, below $RANKWISE_DATA; ~/.cache/rankwise/data (or what is below
+    $XDG_CACHE_HOME); Debian's /usr/share/datasets; ./data.
     """
-    layout = Path(PUBLISHED[name].torchvision, "raw")
-    own = os.environ.get("RANKWISE_DATA")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = [Path(own).expanduser() / name, Path(own).expanduser() / layout] if own else []
-    return [
-        *root,
-        Path(cache, "rankwise", "data", name),
-        Path("/usr/share/datasets", name),
-        Path("data") / layout,
-    ]
+    return usual.places((name, str(Path(PUBLISHED[name].torchvision, "raw"))))
 
 
 def _locate(name: str, given: str) -> list[Path]:
@@ -224,7 +215,7 @@ def _parse(content: bytearray, path: Path) -> np.ndarray:
 
 def _labelled(
     images: np.ndarray, labels: np.ndarray, paths: list[Path]
-) -> tuple[np.ndarray, np.ndarray]:  # -> (N, 1, 28, 28) uint8, (N,) int64
+) -> tuple[np.ndarray, np.ndarray]:  # -> (N, 28, 28, 1) uint8, (N,) int64
     if len(images) != len(labels) or not len(labels):
         raise DataError(
             f"{paths[0]} holds {len(images):,} images and {paths[1].name} {len(labels):,} labels; "
@@ -235,7 +226,7 @@ def _labelled(
             f"{paths[1]} holds the label {labels.max()}, and these sets have the classes 0 to 9; "
             "it is a file of another set"
         )
-    return images[:, None], labels.astype(np.int64)
+    return images[..., None], labels.astype(np.int64)
 
 
 def _check_identity(name: str, checksum: str, folder: Path) -> None:

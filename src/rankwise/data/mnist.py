@@ -70,7 +70,7 @@ def _locate() -> Path:
 
 
 def _parse(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of 784 pixels and a label -> images (N, 1, 28, 28) uint8, labels (N,)."""
+    """Rows of 784 pixels and a label -> images (N, 28, 28, 1) uint8, labels (N,)."""
     with warnings.catch_warnings():
         # numpy only warns, and returns what it has read so far, at something not a number.
         warnings.simplefilter("error", DeprecationWarning)
@@ -84,4 +84,4 @@ def _parse(content: bytes) -> tuple[np.ndarray, np.ndarray]:
     pixels, labels = rows[:, :-1], rows[:, -1]
     if pixels.min() < 0 or pixels.max() > 255 or labels.min() < 0 or labels.max() > 9:
         raise ValueError("pixels outside 0..255 or labels outside 0..9")
-    return pixels.astype(np.uint8).reshape(-1, 1, 28, 28), labels
+    return pixels.astype(np.uint8).reshape(-1, 28, 28, 1), labels

@@ -93,11 +93,38 @@ class DataSet(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
-    """One part of a data set of images, whole in memory."""
+class Normalise:
+    """From bytes to numbers: (byte - mean) / deviation, both (C, 1, 1) float32."""
 
-    images: Tensor  # (N, C, H, W) float32, each channel normalised by the training part
-    labels: Tensor  # (N,) int64
+    mean: Tensor
+    deviation: Tensor
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 -> float32, in the same memory format."""
+        return pixels.float().sub_(self.mean).div_(self.deviation)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One part of a data set of images, whole in memory.
+
+    Attributes:
+        pixels: (N, C, H, W) float32 as it is read, or uint8, a quarter of the memory, which
+            `normalise` turns into float32 batch by batch.
+        labels: (N,) int64.
+        normalise: of bytes.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    normalise: Normalise | None = None
+
+    @property
+    def images(self) -> Tensor:
+        """All images as they are read, (N, C, H, W) float32; of bytes a copy, made anew."""
+        if self.normalise is None:
+            return self.pixels
+        return self.normalise(self.pixels.contiguous())
 
     @property
     def unit(self) -> str:
@@ -119,7 +146,11 @@ class Split:
 
     def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) and labels (B,) by number."""
-        return self.images[chosen], self.labels[chosen]
+        if self.normalise is None:
+            return self.pixels[chosen], self.labels[chosen]
+        # Along the last dimension lie the colours of a pixel, so an image is copied as one piece.
+        taken = self.pixels.movedim(1, -1)[chosen].movedim(-1, 1)
+        return self.normalise(taken), self.labels[chosen]
 
     def for_epoch(self, draw: int, streams: int = 0) -> Split:
         """Every pass reads the same images."""
@@ -274,35 +305,39 @@ def normalised(
     """Turn bytes into training, validation and test splits, scaled by the first one.
 
     Args:
-        parts: training, validation, test: images (N, C, H, W) uint8 and labels (N,).
+        parts: training, validation, test: images (N, H, W, C) uint8 and labels (N,).
 
     Returns:
         The splits: in the training split every channel has mean 0 and standard deviation 1; a
         channel that is constant there is only shifted.
     """
-    mean, deviation = _statistics(parts[0][0])
+    normalise = statistics(parts[0][0])
     train, validation, test = (
         Split(
-            torch.from_numpy(images).float().sub_(mean).div_(deviation),
+            torch.from_numpy(images).movedim(-1, 1),
             torch.from_numpy(labels).long(),
+            normalise,
         )
         for images, labels in parts
     )
     return train, validation, test
 
 
-def _statistics(images: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel, (C, 1, 1), exact whatever the number of threads."""
+def statistics(images: np.ndarray) -> Normalise:
+    """Mean and deviation of each channel of images (N, H, W, C) uint8.
+
+    They are exact, whatever the number of threads. The deviation of a constant channel is 1.
+    """
     values = np.arange(256, dtype=np.float64)
     means, deviations = [], []
-    for channel in range(images.shape[1]):
-        counts = np.bincount(images[:, channel].reshape(-1), minlength=256)
+    for channel in range(images.shape[-1]):
+        counts = np.bincount(images[..., channel].reshape(-1), minlength=256)
         mean = float(counts @ values) / counts.sum()
         variance = float(counts @ (values - mean) ** 2) / counts.sum()
         means.append(mean)
         deviations.append(variance**0.5 or 1.0)
     shape = (-1, 1, 1)
-    return (
+    return Normalise(
         torch.tensor(means, dtype=torch.float32).view(shape),
         torch.tensor(deviations, dtype=torch.float32).view(shape),
     )

@@ -381,8 +381,8 @@ class Loop:
         return self.recipe.batch_size * self.splits.train.units / step_ms * 1e3
 
     def _move(self, part: Tensor) -> Tensor:
-        images = self.recipe.channels_last and part.dim() == 4
-        layout = torch.channels_last if images else torch.preserve_format
+        images = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
+        layout = images if part.dim() == 4 else torch.preserve_format
         return part.to(self.device, non_blocking=True, memory_format=layout)
 
     def _precision(self) -> torch.autocast:
