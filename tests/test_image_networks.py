@@ -15,6 +15,7 @@ from rankwise import models
 from rankwise.errors import OptionError
 from rankwise.models.vgg import POOL, VGG
 from rankwise.models.vit import ViT
+from rankwise.models.wide_resnet import WideResNet
 
 COLOUR = (3, 32, 32)
 
@@ -41,6 +42,16 @@ def vgg_parameters(*widths: int) -> int:
     return convolutions + 2 * (512 * 512 + 512) + 512 * 10 + 10
 
 
+def wide_parameters(depth: int, wide: int) -> int:
+    """Norms before each convolution, projections without a norm of their own."""
+    count, inputs, total = (depth - 4) // 6, 16, 27 * 16
+    for width in (16 * wide, 32 * wide, 64 * wide):
+        total += 9 * inputs * width + 9 * width**2 + 2 * inputs + 2 * width + inputs * width
+        total += (count - 1) * (18 * width**2 + 4 * width)
+        inputs = width
+    return total + 2 * inputs + 10 * inputs + 10
+
+
 VGG_19_WIDTHS = (64, 64, 128, 128, *(256,) * 4, *(512,) * 8)
 
 
@@ -50,6 +61,8 @@ VGG_19_WIDTHS = (64, 64, 128, 128, *(256,) * 4, *(512,) * 8)
         ("vgg-11", vgg_parameters(64, 128, 256, 256, *(512,) * 4)),
         ("vgg-16", vgg_parameters(64, 64, 128, 128, *(256,) * 3, *(512,) * 6)),
         ("vgg-19", vgg_parameters(*VGG_19_WIDTHS)),
+        # As published: 36.5 million (1605.07146, table 4).
+        ("wrn-28-10", wide_parameters(28, 10)),
         (
             "vit-cifar",
             # Patches, positions, class token; six blocks; last norm and classifier.
@@ -64,11 +77,70 @@ def test_each_network_stores_the_parameters_counted_by_hand(name: str, by_hand: 
     assert stored(name, input_shape=COLOUR) == by_hand
 
 
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        # torchvision's tables: 25,557,032 and so on, at 1000 classes.
+        ("resnet-50", 25_557_032),
+        ("resnet-101", 44_549_160),
+        ("resnet-152", 60_192_808),
+        ("wrn-50-2", 68_883_240),
+        ("gpt2-124m", 124_439_808),
+    ],
+)
+def test_networks_at_their_usual_size_store_the_published_parameters(
+    name: str, published: int
+) -> None:
+    assert stored(name) == published
+
+
+def test_the_cifar_form_of_a_bottleneck_network_differs_in_stem_and_classifier_alone() -> None:
+    small, large = stored("resnet-50-cifar"), stored("resnet-50")
+    assert small - large == (9 - 49) * 3 * 64 + (10 - 1000) * (2048 + 1)
+    assert stored("resnet-101-cifar") == 42_512_970
+    assert stored("resnet-34", input_shape=COLOUR) == 21_282_122
+
+
 @pytest.mark.parametrize("shape", [(1, 7, 9), (3, 16, 16), (1, 28, 28), (2, 33, 32)])
-@pytest.mark.parametrize("name", ["vgg-small", "resnet-small"])
+@pytest.mark.parametrize("name", ["vgg-small", "resnet-small", "resnet-50", "wrn-28-10"])
 def test_convolutional_networks_read_images_of_any_size(name: str, shape: tuple[int, ...]) -> None:
-    model = built(name, classes=1, input_shape=shape)
-    assert model(noise(2, *shape)).shape == (2, 1)
+    with torch.device("meta"):
+        model = built(name, classes=1, input_shape=shape)
+        assert model(torch.empty(2, *shape)).shape == (2, 1)
+
+
+def test_a_wide_block_normalises_first_and_projects_the_activated_input() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = WideResNet(2, depth=16, wide=1, classes=3, dropout=0.5).eval()
+
+    def active(norm: nn.BatchNorm2d, y: torch.Tensor) -> torch.Tensor:
+        # Running statistics are those of the start: mean 0, variance 1.
+        return F.relu(y / (1 + norm.eps) ** 0.5 * norm.weight[:, None, None])
+
+    x = y = noise(2, 2, 9, 8)
+    y = F.conv2d(y, model.stem.weight, padding=1)
+    for stage, stride in ((model.layer1, 1), (model.layer2, 2), (model.layer3, 2)):
+        for index, block in enumerate(stage):
+            step = stride if index == 0 else 1
+            inside = active(block.norm1, y)
+            beside = y
+            if block.shortcut is not None:
+                beside = F.conv2d(inside, block.shortcut.weight, stride=step)
+            inside = F.conv2d(inside, block.conv1.weight, stride=step, padding=1)
+            inside = F.conv2d(active(block.norm2, inside), block.conv2.weight, padding=1)
+            y = beside + inside
+    assert [block.shortcut is None for block in model.layer1] == [True, True]
+    assert model.layer2[0].shortcut is not None
+    y = model.classifier(active(model.norm, y).mean(dim=(2, 3)))
+    assert_close(model(x), y, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(model.train()(x), model(x))  # dropout
+
+
+@pytest.mark.parametrize("depth", [4, 27, 3])
+def test_a_depth_that_no_wide_network_has_is_refused(depth: int) -> None:
+    with pytest.raises(OptionError, match=f"depth={depth}, wide=1; the depth is 6 n"):
+        WideResNet(3, depth=depth, wide=1, classes=2)
 
 
 def test_vgg_is_convolution_norm_relu_pool_mean_and_classifier() -> None:
@@ -164,12 +236,14 @@ def test_sizes_that_do_not_fit_each_other_are_refused() -> None:
 
 
 def test_the_first_weights_have_the_variances_of_their_papers() -> None:
-    vgg, vit = built("vgg-11"), built("vit-cifar", input_shape=COLOUR)
+    vgg, vit = built("vgg-11"), built("vit-cifar")
+    wide = WideResNet(3, depth=10, wide=4, classes=10)
     expected = {
         (vgg, "features.8"): (2 / (256 * 9)) ** 0.5,  # 2 / fan_out
         (vgg, "classifier.1"): (2 / 512) ** 0.5,
         (vgg, "classifier.6"): (1 / 512) ** 0.5,
         # Glorot: 2 / (fan_in + fan_out), each of query, key and value for itself.
+        (wide, "layer3.0.conv2"): (2 / (256 * 9)) ** 0.5,
         (vit, "blocks.3.attn.qkv"): (2 / 1024) ** 0.5,
         (vit, "blocks.5.mlp.fc2"): (2 / 1024) ** 0.5,
         (vit, "patch_embed"): (1 / 48) ** 0.5,

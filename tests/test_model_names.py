@@ -115,15 +115,12 @@ def test_transformers_refuses_what_it_does_not_know_in_one_line(name, words, tra
     assert "\n" not in str(caught.value)
 
 
-# Sources: 25.557 M (torchvision's table of ResNet-50), 304.3 M (arXiv 2010.11929: 307 M with the
+# Sources: 304.3 M (arXiv 2010.11929: 307 M with the
 # representation layer), 335-340 M (arXiv 1810.04805: 340 M), 6.738 B (arXiv 2302.13971: 6.7 B);
 # GPT-2 of 124 M and 1.5 B, LLaMA of 13.0 B and 65.2 B, Mistral of 7.2 B, LLaMA 3 of 8.0 B.
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("resnet-50", 25_557_032),
-        ("resnet-101", 44_549_160),
-        ("resnet-152", 60_192_808),
         ("vit-base", 86_567_656),
         ("vit-large", 304_326_632),
         ("vit-huge", 632_045_800),
@@ -184,7 +181,7 @@ def test_a_language_model_takes_the_vocabulary_and_length_of_the_data(transforme
 @pytest.mark.parametrize(
     ("name", "shapes"),
     [
-        ("resnet-50", {"pixel_values": (1, 3, 224, 224)}),
+        ("transformers:resnet", {"pixel_values": (1, 3, 224, 224)}),
         ("bert-large", {"input_ids": (1, 512)}),
         ("llama-7b", {"input_ids": (1, 2048)}),
         ("transformers:t5", {"input_ids": (1, 128), "decoder_input_ids": (1, 128)}),

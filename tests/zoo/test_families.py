@@ -21,14 +21,25 @@ NAMES = {
         "transformers:resnet?layer_type=basic&depths=2,2,2,2&hidden_sizes=64,128,256,512",
     ],
     "resnet-50": [
+        "resnet-50",
+        "resnet-50-cifar",
+        "wrn-50-2",
         "timm:resnet50",
         "timm:wide_resnet50_2",
         "torchvision:resnet50",
         "torchvision:wide_resnet50_2",
         "transformers:resnet",
     ],
-    "vgg-19": ["timm:vgg19", "timm:vgg19_bn", "torchvision:vgg19", "torchvision:vgg19_bn"],
+    "vgg-19": [
+        "vgg-19",
+        "timm:vgg19",
+        "timm:vgg19_bn",
+        "torchvision:vgg19",
+        "torchvision:vgg19_bn",
+    ],
     "deit": [
+        "vit-cifar",
+        "deit-small",
         "timm:deit_tiny_patch16_224",
         "timm:deit_base_patch16_224",
         "torchvision:vit_b_16",
@@ -36,7 +47,7 @@ NAMES = {
         "transformers:vit",
         "transformers:DeiTForImageClassificationWithTeacher",
     ],
-    "resmlp": ["timm:resmlp_12_224", "timm:resmlp_36_224"],
+    "resmlp": ["resmlp-s12", "timm:resmlp_12_224", "timm:resmlp_36_224"],
     "bert": [
         "transformers:BertForSequenceClassification",
         "transformers:RobertaForSequenceClassification",
@@ -49,7 +60,8 @@ NAMES = {
 
 
 def built(name: str) -> nn.Module:
-    pytest.importorskip(name.partition(":")[0] if ":" in name else "torch")
+    reference = models.SIZES[name].kind if name in models.SIZES else name
+    pytest.importorskip(reference.partition(":")[0] if ":" in reference else "torch")
     with torch.device("meta"):
         return models.build(name)
 
@@ -89,7 +101,9 @@ def test_resnet_50_has_its_last_stage_low_rank_with_the_shortcut(name: str) -> N
     library = name.partition(":")[0]
     shortcut = {
         "transformers": "resnet.encoder.stages.3.layers.0.shortcut.convolution",
-    }.get(library, "layer4.0.downsample.0")
+        "timm": "layer4.0.downsample.0",
+        "torchvision": "layer4.0.downsample.0",
+    }.get(library, "layer4.0.shortcut.conv")
     expected = stages(4, form=library, blocks=3, parts=3) | {shortcut}
     assert len(expected) == 10
     assert selected(name, "resnet-50") == expected
@@ -116,8 +130,18 @@ def test_vgg_19_keeps_its_first_four_convolutions_and_the_classifier(
     assert selected(f"{library}:{name}", "vgg-19") == expected
 
 
+def test_our_vgg_19_keeps_its_first_four_convolutions_and_the_last_layer() -> None:
+    # Without a bias, but with a BatchNorm: as torchvision's vgg19_bn counts them.
+    expected = {f"features.{index}" for index in (14, 17, 20, 23, 27, 30, 33, 36, 40, 43, 46, 49)}
+    assert selected("vgg-19", "vgg-19") == expected | {"classifier.1", "classifier.4"}
+
+
 @pytest.mark.parametrize("name", NAMES["deit"])
 def test_deit_keeps_the_output_of_its_attention(name: str) -> None:
+    # The own ViT has timm's names, and half of DeiT's depth.
+    library, depth = name.partition(":")[0], 6 if name == "vit-cifar" else 12
+    if library == name:
+        library = "timm"
     block, parts = {
         "timm": ("blocks.{}", ("attn.qkv", "mlp.fc1", "mlp.fc2")),
         "torchvision": (
@@ -128,14 +152,14 @@ def test_deit_keeps_the_output_of_its_attention(name: str) -> None:
             ("vit" if name.endswith(":vit") else "deit") + ".layers.{}",
             *[(*(f"attention.{p}_proj" for p in "qkv"), "mlp.fc1", "mlp.fc2")],
         ),
-    }[name.partition(":")[0]]
-    expected = {f"{block.format(index)}.{part}" for index in range(12) for part in parts}
+    }[library]
+    expected = {f"{block.format(index)}.{part}" for index in range(depth) for part in parts}
     assert selected(name, "deit") == expected
 
 
 @pytest.mark.parametrize("name", NAMES["resmlp"])
 def test_resmlp_keeps_the_mixing_of_tokens(name: str) -> None:
-    depth = int(name.split("_")[1])
+    depth = int(name.split("_")[1]) if ":" in name else int(name.removeprefix("resmlp-s"))
     expected = {
         f"blocks.{block}.mlp_channels.fc{part}" for block in range(depth) for part in (1, 2)
     }
@@ -168,6 +192,9 @@ def test_bert_has_its_four_attention_matrices_low_rank_and_no_other(name: str) -
         ("resnet-18", "timm:resnet50"),
         ("resnet-18", "torchvision:resnet34"),
         ("resnet-18", "transformers:resnet"),
+        ("resnet-18", "resnet-34"),
+        ("resnet-18", "wrn-28-10"),
+        ("vgg-19", "vgg-16"),
         ("resnet-50", "resnet-18"),
         ("resnet-50", "timm:resnet18"),
         ("vgg-19", "torchvision:vgg16"),

@@ -103,3 +103,27 @@ def test_the_name_and_the_data_must_not_disagree():
 def test_lists_are_filtered_by_a_glob():
     assert "timm:resnet50" in models.listed("timm:resnet5*")
     assert "torchvision:vit_l_16" in models.listed("torchvision:")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("timm:resnet50?layers=1,2,1,1", {}),
+        ("timm:wide_resnet50_2?layers=1,2,1,1", {"inner": (128, 256, 512, 1024)}),
+        ("timm:resnet18?layers=1,2,1,1", {"widths": (64, 128, 256, 512), "inner": None}),
+    ],
+)
+def test_our_residual_networks_give_the_scores_of_timm(name, changes):
+    sizes = {"widths": (256, 512, 1024, 2048), "inner": (64, 128, 256, 512), **changes}
+    large = {"stem": 64, "stem_kernel": 7, "stem_stride": 2, "pool": True}
+    ours = models.ResNet(3, blocks=(1, 2, 1, 1), classes=7, **sizes, **large).eval()
+    theirs = models.build(name, classes=7).eval()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in theirs.state_dict().values():  # running statistics too; variances above zero
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5, generator=generator).div_(max(1, tensor[0].numel()) ** 0.5)
+    # Both register their layers in the order of the forward, shortcuts last.
+    pairs = zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True)
+    ours.load_state_dict({key: value for (key, _), value in pairs})
+    x = torch.randn(2, 3, 65, 64, generator=generator)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from rankwise.models.resnet import ResNet
 from rankwise.models.transformer import Transformer
 from rankwise.models.vgg import VGG, VGG_11, VGG_16, VGG_19
 from rankwise.models.vit import ViT
+from rankwise.models.wide_resnet import WideResNet
 
 
 def _mlp(*layers: int) -> Callable[[int, tuple[int, ...]], nn.Module]:
@@ -25,40 +26,92 @@ def _mlp(*layers: int) -> Callable[[int, tuple[int, ...]], nn.Module]:
 
 
 def _image(
-    build: Callable[..., nn.Module], **sizes: Any
-) -> Callable[[int, tuple[int, ...]], nn.Module]:
-    """A network that is called with channels, (height, width), classes and its own sizes."""
+    what: str,
+    description: str,
+    build: Callable[[int, tuple[int, int], int], nn.Module],
+    *,
+    input_shape: tuple[int, ...] = (1, 28, 28),
+    outputs: int = 10,
+) -> Model:
+    """A network that is built from channels, (height, width) and a number of classes."""
 
     def make(classes: int, shape: tuple[int, ...]) -> nn.Module:
         if len(shape) != 3:
             raise OptionError(
-                f"{_KINDS[build]} reads images (channels, height, width), not inputs of shape "
-                f"{shape}; give input_shape three numbers or choose an MLP"
+                f"{what} reads images (channels, height, width), not inputs of shape {shape}; "
+                "give input_shape three numbers or choose an MLP"
             )
-        return build(shape[0], shape[1:], classes=classes, **sizes)
+        return build(shape[0], (shape[1], shape[2]), classes)
 
-    return make
-
-
-def _resnet(channels: int, size: tuple[int, int], classes: int, **sizes: Any) -> ResNet:
-    return ResNet(channels, classes=classes, **sizes)
+    return Model(description=description, make=make, classes=outputs, input_shape=input_shape)
 
 
-def _vgg(channels: int, size: tuple[int, int], classes: int, **sizes: Any) -> VGG:
-    return VGG(channels, classes=classes, **sizes)
+_CIFAR: Mapping[str, Any] = {"input_shape": (3, 32, 32)}
+_IMAGENET: Mapping[str, Any] = {"input_shape": (3, 224, 224), "outputs": 1000}
 
 
-def _sixteen_patches(channels: int, size: tuple[int, int], classes: int, **sizes: Any) -> ViT:
-    patch = max(1, max(size) // 4)
-    return ViT(channels, size, patch=patch, classes=classes, **sizes)
+def _resnet(description: str, sizes: Mapping[str, Any], **usual: Any) -> Model:
+    return _image(
+        "a residual network",
+        description,
+        lambda channels, _, classes: ResNet(channels, classes=classes, **sizes),
+        **usual,
+    )
 
 
-_KINDS: dict[Callable[..., nn.Module], str] = {
-    _resnet: "a residual network",
-    _vgg: "a VGG network",
-    ViT: "a vision Transformer",
-    _sixteen_patches: "a vision Transformer",
-}
+def _basic(*blocks: int) -> Model:
+    return _resnet(
+        f"ResNet-{2 * sum(blocks) + 2} in its CIFAR form: 3x3 stem, basic blocks",
+        {"widths": (64, 128, 256, 512), "blocks": blocks},
+    )
+
+
+def _bottlenecks(*blocks: int, wide: int = 1, large: bool) -> Model:
+    name = (
+        f"Wide ResNet-{3 * sum(blocks) + 2}-{wide}" if wide > 1 else f"ResNet-{3 * sum(blocks) + 2}"
+    )
+    sizes = {
+        "widths": (256, 512, 1024, 2048),
+        "inner": tuple(wide * width for width in (64, 128, 256, 512)),
+        "blocks": blocks,
+        "stem": 64,
+    }
+    if large:
+        sizes |= {"stem_kernel": 7, "stem_stride": 2, "pool": True}
+        return _resnet(f"{name} for 224x224 images: 7x7 stem, bottlenecks", sizes, **_IMAGENET)
+    return _resnet(f"{name} for 32x32 images: 3x3 stem, bottlenecks", sizes, **_CIFAR)
+
+
+def _wide(depth: int, wide: int) -> Model:
+    return _image(
+        "a wide residual network",
+        f"Wide ResNet-{depth}-{wide} for 32x32 images: pre-activation (arXiv 1605.07146)",
+        lambda channels, _, classes: WideResNet(channels, depth=depth, wide=wide, classes=classes),
+        **_CIFAR,
+    )
+
+
+def _vgg(description: str, widths: Sequence[int], usual: Mapping[str, Any], **sizes: Any) -> Model:
+    return _image(
+        "a VGG network",
+        description,
+        lambda channels, _, classes: VGG(channels, widths, classes, **sizes),
+        **usual,
+    )
+
+
+def _vit(
+    description: str, usual: Mapping[str, Any], *, patch: int | None = None, **sizes: Any
+) -> Model:
+    """Without `patch`, a quarter of an image's longer side."""
+    return _image(
+        "a vision Transformer",
+        description,
+        lambda channels, size, classes: ViT(
+            channels, size, patch=patch or max(1, max(size) // 4), classes=classes, **sizes
+        ),
+        **usual,
+    )
 
 
 def _language(
@@ -123,15 +176,6 @@ def _llama(width: int, layers: int, heads: int, hidden: int) -> Model:
     )
 
 
-def _vgg_of(title: str, widths: tuple[int, ...]) -> Model:
-    return Model(
-        description=f"{title} for 32x32 images: BatchNorm, classifier of two layers of 512",
-        make=_image(_vgg, widths=widths),
-        input_shape=_SMALL_COLOUR,
-    )
-
-
-_SMALL_COLOUR = (3, 32, 32)
 _TINY: dict[str, Any] = {"vocabulary": 256, "tokens": 128, "width": 128, "heads": 4}
 
 MODELS: dict[str, Model] = {
@@ -147,29 +191,44 @@ MODELS: dict[str, Model] = {
         description="784-512 and eight hidden 512-512 layers: the large FCN of the MNIST study",
         make=_mlp(512, *[512] * 8),
     ),
-    "resnet-small": Model(
-        description="residual CNN for small grey images, an epoch of 4,000 in seconds on two cores",
-        make=_image(_resnet, widths=(64, 128, 256), blocks=(1, 2, 2), stem_stride=2),
+    "resnet-small": _resnet(
+        "residual CNN for small grey images, an epoch of 4,000 in seconds on two cores",
+        {"widths": (64, 128, 256), "blocks": (1, 2, 2), "stem_stride": 2},
     ),
-    "resnet-18": Model(
-        description="ResNet-18 in its CIFAR form: 3x3 stem, 11.2 million parameters",
-        make=_image(_resnet, widths=(64, 128, 256, 512), blocks=(2, 2, 2, 2)),
+    "resnet-18": _basic(2, 2, 2, 2),
+    "resnet-34": _basic(3, 4, 6, 3),
+    "resnet-50-cifar": _bottlenecks(3, 4, 6, 3, large=False),
+    "resnet-101-cifar": _bottlenecks(3, 4, 23, 3, large=False),
+    "resnet-50": _bottlenecks(3, 4, 6, 3, large=True),
+    "resnet-101": _bottlenecks(3, 4, 23, 3, large=True),
+    "resnet-152": _bottlenecks(3, 8, 36, 3, large=True),
+    "wrn-28-10": _wide(28, 10),
+    "wrn-50-2": _bottlenecks(3, 4, 6, 3, wide=2, large=True),
+    "vgg-small": _vgg(
+        "VGG-11 with a quarter of its channels, an epoch of 10,000 images in seconds",
+        tuple(width // 4 for width in VGG_11),
+        {},
+        hidden=128,
+        dropout=0.0,
     ),
-    "vgg-small": Model(
-        description="VGG-11 with a quarter of its channels, an epoch of 10,000 images in seconds",
-        make=_image(_vgg, widths=tuple(w // 4 for w in VGG_11), hidden=128, dropout=0.0),
+    **{
+        f"vgg-{depth}": _vgg(
+            f"VGG-{depth} for 32x32 images: BatchNorm, classifier of two layers of 512",
+            widths,
+            _CIFAR,
+        )
+        for depth, widths in ((11, VGG_11), (16, VGG_16), (19, VGG_19))
+    },
+    "vit-mini": _vit(
+        "ViT of 4x4 patches an image, width 128, 4 layers: 10,000 images in seconds",
+        {},
+        **{"width": 128, "layers": 4, "heads": 4, "hidden": 256},
     ),
-    "vgg-11": _vgg_of("VGG-11", VGG_11),
-    "vgg-16": _vgg_of("VGG-16", VGG_16),
-    "vgg-19": _vgg_of("VGG-19", VGG_19),
-    "vit-mini": Model(
-        description="ViT of 4x4 patches an image, width 128, 4 layers: 10,000 images in seconds",
-        make=_image(_sixteen_patches, width=128, layers=4, heads=4, hidden=256),
-    ),
-    "vit-cifar": Model(
-        description="ViT for 32x32 images: 4x4 pixels a patch, width 512, 6 layers, 9.5 million",
-        make=_image(ViT, patch=4, width=512, layers=6, heads=8, hidden=512),
-        input_shape=_SMALL_COLOUR,
+    "vit-cifar": _vit(
+        "ViT for 32x32 images: 4x4 pixels a patch, width 512, 6 layers, 9.5 million",
+        _CIFAR,
+        patch=4,
+        **{"width": 512, "layers": 6, "heads": 8, "hidden": 512},
     ),
     "llama-tiny": _language(
         "causal Transformer for small texts: LLaMA blocks, width 128, 4 layers",
@@ -184,6 +243,16 @@ MODELS: dict[str, Model] = {
         hidden=512,
         form="gpt2",
         tied=True,
+    ),
+    "gpt2-wikitext2": _language(
+        "causal Transformer of the FedLMT program: width 128, 3 layers, hidden 2048, 64 tokens",
+        **{"vocabulary": 33_278, "tokens": 64, "width": 128, "layers": 3, "heads": 4},
+        **{"hidden": 2048, "form": "gpt2"},
+    ),
+    "gpt2-124m": _language(
+        "GPT-2 small: width 768, 12 layers, tied head, 1024 tokens (Radford et al., 2019)",
+        **{"vocabulary": 50_257, "tokens": 1024, "width": 768, "layers": 12, "heads": 12},
+        **{"hidden": 3072, "form": "gpt2", "tied": True},
     ),
     "lstm-char": _recurrent(
         "LSTM for characters or bytes: two layers of 256, an epoch of a small text in a minute",

@@ -1,7 +1,11 @@
-"""Residual networks for small images (He et al., arXiv 1512.03385), in the form used on CIFAR.
+"""Residual networks (He et al., arXiv 1512.03385), for small images and for those of 224x224.
 
-The stem is one 3x3 convolution without pooling, and a block whose shape changes has a 1x1
-projection as its shortcut.
+On CIFAR the stem is one 3x3 convolution without pooling, on ImageNet a 7x7 one with stride 2 and
+max-pooling. A block whose shape changes has a 1x1 projection as its shortcut. In bottlenecks the
+3x3 convolution carries the stride, as programs do since Goyal et al. (1706.02677); in the paper it
+was the first 1x1. Wide ResNet-50-2 doubles the channels of these 3x3 (1605.07146).
+
+Convolutions start from He et al. (1502.01852): normal with variance 2 / fan_out.
 """
 
 from __future__ import annotations
@@ -22,12 +26,7 @@ class BasicBlock(nn.Module):
         self.norm1 = nn.BatchNorm2d(outputs)
         self.conv2 = _conv3x3(outputs, outputs)
         self.norm2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            projection = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(
-                OrderedDict(conv=projection, norm=nn.BatchNorm2d(outputs))
-            )
+        self.shortcut = _shortcut(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, I, H, W) -> (B, O, H/stride, W/stride)
         y = F.relu(self.norm1(self.conv1(x)))
@@ -35,15 +34,40 @@ class BasicBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
+class Bottleneck(nn.Module):
+    """A 3x3 convolution of fewer channels between two of 1x1, beside a shortcut."""
+
+    def __init__(self, inputs: int, inner: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(inner)
+        self.conv2 = _conv3x3(inner, inner, stride)
+        self.norm2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, I, H, W) -> (B, O, H/stride, W/stride)
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        return F.relu(y + self.shortcut(x))
+
+
 class ResNet(nn.Module):
-    """A stem, stages `layer1`, `layer2`, ... of basic blocks, global average pooling, a classifier.
+    """A stem, stages `layer1`, `layer2`, ... of blocks, global average pooling, a classifier.
 
     Args:
         channels: channels of the images.
         widths: channels of each stage; every stage but the first halves height and width.
-        blocks: basic blocks in each stage.
+        blocks: blocks in each stage.
         classes: number of outputs.
-        stem_stride: stride of the first convolution.
+        stem: channels of the first convolution; by default the first of `widths`.
+        stem_kernel: its size, an odd number.
+        stem_stride: its stride.
+        pool: whether 3x3 max-pooling with stride 2 follows the stem.
+        inner: channels of the 3x3 convolutions of each stage where the blocks are bottlenecks; None
+            for basic blocks.
     """
 
     def __init__(
@@ -53,16 +77,27 @@ class ResNet(nn.Module):
         blocks: Sequence[int],
         classes: int,
         *,
+        stem: int | None = None,
+        stem_kernel: int = 3,
         stem_stride: int = 1,
+        pool: bool = False,
+        inner: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.stem = _conv3x3(channels, widths[0], stem_stride)
-        self.stem_norm = nn.BatchNorm2d(widths[0])
-        inputs, self._stages = widths[0], []
-        for stage, (width, count) in enumerate(zip(widths, blocks, strict=True), start=1):
-            first = BasicBlock(inputs, width, stride=1 if stage == 1 else 2)
-            rest = [BasicBlock(width, width, stride=1) for _ in range(count - 1)]
-            self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
+        inputs = stem or widths[0]
+        self.stem = nn.Conv2d(
+            channels, inputs, stem_kernel, stem_stride, padding=stem_kernel // 2, bias=False
+        )
+        self.stem_norm = nn.BatchNorm2d(inputs)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
+        self._stages = []
+        narrow = inner or [None] * len(widths)
+        for stage, (width, count, within) in enumerate(zip(widths, blocks, narrow, strict=True), 1):
+            made = [
+                _block(width if index else inputs, within, width, 2 if stage > 1 > index else 1)
+                for index in range(count)
+            ]
+            self.add_module(f"layer{stage}", nn.Sequential(*made))
             self._stages.append(f"layer{stage}")
             inputs = width
         self.classifier = nn.Linear(inputs, classes)
@@ -71,11 +106,24 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, classes)
-        x = F.relu(self.stem_norm(self.stem(x)))
+        x = self.pool(F.relu(self.stem_norm(self.stem(x))))
         for stage in self._stages:
             x = getattr(self, stage)(x)
         return self.classifier(x.mean(dim=(2, 3)))
 
 
+def _block(inputs: int, inner: int | None, outputs: int, stride: int) -> nn.Module:
+    if inner is None:
+        return BasicBlock(inputs, outputs, stride)
+    return Bottleneck(inputs, inner, outputs, stride)
+
+
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    projection = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+    return nn.Sequential(OrderedDict(conv=projection, norm=nn.BatchNorm2d(outputs)))

@@ -1,6 +1,7 @@
 """Published sizes of well-known networks: their numbers, where those stand, and how to build them.
 
-Each is a network of transformers (`pip install 'rankwise[transformers]'`), freshly initialised.
+Each is a network of transformers or timm (`pip install 'rankwise[transformers]'`, `[timm]`), with
+fresh weights.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Size:
-    """A network of transformers at one published size.
+    """A network of another package at one published size.
 
     Attributes:
         kind: its name, without overrides.
@@ -98,22 +99,32 @@ def _vit(width: int, layers: int, heads: int, patch: int = 16) -> Size:
     )
 
 
-def _resnet(*blocks: int) -> Size:
-    layers = 3 * sum(blocks) + 2
-    return Size(
-        "transformers:ResNetForImageClassification",
-        f"ResNet-{layers} in its ImageNet form, bottleneck blocks (arXiv 1512.03385)",
-        {"depths": list(blocks), "layer_type": "bottleneck", "num_labels": 1000},
-    )
+def _timm(name: str, what: str) -> Size:
+    return Size(f"timm:{name}", what, {})
 
 
 SIZES: Mapping[str, Size] = {
-    "resnet-50": _resnet(3, 4, 6, 3),
-    "resnet-101": _resnet(3, 4, 23, 3),
-    "resnet-152": _resnet(3, 8, 36, 3),
     "vit-base": _vit(768, 12, 12),
     "vit-large": _vit(1024, 24, 16),
     "vit-huge": _vit(1280, 32, 16, patch=14),
+    **{
+        f"deit-{size}": _timm(
+            f"deit_{size}_patch16_224",
+            f"DeiT with 16x16 patches: width {width}, 12 layers (arXiv 2012.12877)",
+        )
+        for size, width in (("tiny", 192), ("small", 384), ("base", 768))
+    },
+    **{
+        f"resmlp-{size}": _timm(
+            f"resmlp_{name}_224", f"ResMLP: width {width}, {layers} layers (arXiv 2105.03404)"
+        )
+        for size, name, width, layers in (
+            ("s12", "12", 384, 12),
+            ("s24", "24", 384, 24),
+            ("s36", "36", 384, 36),
+            ("b24", "big_24", 768, 24),
+        )
+    },
     "bert-base": _bert(768, 12, 12),
     "bert-large": _bert(1024, 24, 16),
     "gpt2": _gpt2(768, 12, 12),
