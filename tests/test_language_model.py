@@ -276,7 +276,7 @@ def prose(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def a_network_for_tests(monkeypatch):
-    entry = models._language("for tests", layers=2, width=16, heads=2, hidden=24)
+    entry = models.networks._language("for tests", layers=2, width=16, heads=2, hidden=24)
     monkeypatch.setitem(models.MODELS, "llama-test", entry)
 
 

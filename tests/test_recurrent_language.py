@@ -250,7 +250,7 @@ def networks_for_tests(monkeypatch):
         "lstm-test": {"dropout": 0.1},
         "gru-test": {"cell": "gru"},
     }.items():
-        entry = models._recurrent(name, tokens=8, width=12, hidden=16, layers=2, **sizes)
+        entry = models.networks._recurrent(name, tokens=8, width=12, hidden=16, layers=2, **sizes)
         monkeypatch.setitem(models.MODELS, name, entry)
 
 

@@ -22,7 +22,7 @@ from test_training import StopAt
 def train_here(folder: str, out: str, stop: int | None = None, resume: bool = False) -> Any:
     """Weights after two epochs of 9 steps, low-rank from step 11; None if stopped before."""
     os.chdir(folder)
-    entry = models._recurrent("for tests", tokens=8, width=12, hidden=16, layers=2)
+    entry = models.networks._recurrent("for tests", tokens=8, width=12, hidden=16, layers=2)
     models.MODELS["lstm-test"] = entry
     recipe = Recipe(
         model="lstm-test",
