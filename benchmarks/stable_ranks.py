@@ -24,8 +24,9 @@ import curves
 import rankwise
 from rankwise import data
 from rankwise.ranks import Later, Ratio, StableRanks, estimators, weights_of
-from rankwise.training import schedule, setup, task
+from rankwise.training import setup, task
 from rankwise.training.recipe import Recipe
+from rankwise.training.schedule import Schedule
 
 CASES: dict[str, dict[str, Any]] = {
     "mlp-512x2": {"data": "mnist-5k"},
@@ -66,7 +67,7 @@ def one(name: str, seed: int, epochs: int) -> dict[str, Any]:
     model = setup.build_model(recipe, splits, torch.device("cpu"))
     optimizer = setup.make_optimizer(recipe, model)
     steps = data.steps_per_epoch(splits.train, recipe.batch_size)
-    scheduler = LambdaLR(optimizer, schedule.factor(recipe, steps))
+    scheduler = LambdaLR(optimizer, Schedule(recipe, steps))
     plan = rankwise.plan(model, Later.of(Ratio(0.25), "at the switch"))
     ranks, looks = StableRanks(), {round(steps * i / PER_EPOCH) for i in range(1, PER_EPOCH + 1)}
     times, series = [0.0], [scaled(model, plan, ranks)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 import rankwise
 from rankwise import data
 from rankwise.errors import CheckpointError, NonFiniteLossError, OptionError
-from rankwise.training import Interrupted, Recipe, records, train
+from rankwise.training import Interrupted, Recipe, records, setup, train
 from rankwise.training.clock import Clock
 from rankwise.training.report import Progress, Silent, Switch
 
@@ -98,6 +99,39 @@ def test_a_run_stopped_anywhere_ends_bit_for_bit_as_one_that_was_not(step, how):
         whole.validation_accuracy,
     )
     assert len(resumed.switches) == len(whole.switches) == 1
+
+
+def test_a_plateau_is_remembered_where_a_run_goes_on():
+    how = {"schedule": "plateau", "lr_decay": 0.5, "lr": 0.4, "epochs": 6, "clip_norm": 0.5}
+    train(recipe(out="whole", **how))
+    with pytest.raises(Interrupted):
+        train(recipe(out="parts", **how), report=StopAt(5 * STEPS_PER_EPOCH + 3))
+    train(recipe(out="parts", **how), resume="parts")
+    for mine, theirs in zip(end_state("parts"), end_state("whole"), strict=True):
+        assert_close(mine, theirs, rtol=0, atol=0)
+    assert epochs_of("parts") == epochs_of("whole")
+    epochs = [r for r in epochs_of("whole") if r["event"] == "epoch"]
+    rate, best, expected = 0.4, math.inf, []
+    for epoch in epochs:
+        expected.append(rate)
+        rate *= 1.0 if epoch["validation_loss"] < best else 0.5
+        best = min(best, epoch["validation_loss"])
+    assert [e["lr"] for e in epochs] == pytest.approx(expected)
+    assert epochs[-1]["lr"] < 0.4
+
+
+def test_biases_and_norms_are_left_out_of_the_decay_where_that_is_asked_for():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    optimizer = setup.make_optimizer(
+        Recipe(optimizer="adamw", momentum=0.8, beta2=0.98, eps=1e-9, decay_vectors=False), model
+    )
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert [decays[id(p)] for p in model.parameters()] == [5e-4, 0, 0, 0]
+    assert optimizer.defaults["betas"] == (0.8, 0.98)
+    assert optimizer.defaults["eps"] == 1e-9
+    plain = setup.make_optimizer(Recipe(nesterov=True), model)
+    assert [g["weight_decay"] for g in plain.param_groups] == [5e-4]
+    assert plain.defaults["nesterov"]
 
 
 def test_a_crash_loses_no_more_than_the_steps_since_the_last_checkpoint():

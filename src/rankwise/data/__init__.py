@@ -9,6 +9,7 @@ from rankwise.data import cifar
 from rankwise.data.cifar import load_cifar
 from rankwise.data.folder import load_folder
 from rankwise.data.idx import PUBLISHED, load_idx
+from rankwise.data.limited import Limited
 from rankwise.data.mnist import load_mnist
 from rankwise.data.splits import DataSet, Examples, Split, Splits, batches, steps_per_epoch
 from rankwise.data.text import TextSplit, TextSplits, load_text
@@ -18,6 +19,7 @@ __all__ = [
     "DATA",
     "DataSet",
     "Examples",
+    "Limited",
     "Source",
     "Split",
     "Splits",

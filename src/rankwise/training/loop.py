@@ -21,13 +21,14 @@ from torch.optim.lr_scheduler import LambdaLR
 import rankwise
 from rankwise import accounting, checkpoint, data, distributed
 from rankwise.errors import FactorizeError, NonFiniteLossError
-from rankwise.training import records, schedule, setup
+from rankwise.training import records, setup
 from rankwise.training.carried import CarriedState
 from rankwise.training.clock import KEPT, Clock
 from rankwise.training.interrupt import Interrupted, StopRequest, listen
 from rankwise.training.journal import Journal
 from rankwise.training.recipe import Recipe
 from rankwise.training.report import Progress, Reporter, Result, Silent, Switch
+from rankwise.training.schedule import Schedule
 from rankwise.training.task import TASKS, Score, evaluate, loss_of
 
 
@@ -81,14 +82,11 @@ def train(
             seed=recipe.seed,
             resume=None if saved is None else saved.path,
         )
-        # A pure function of the step: a resumed run builds the same scheduler, one step earlier.
-        loop.scheduler = LambdaLR(
-            optimizer, schedule.factor(recipe, steps_per_epoch), last_epoch=loop.run.step - 1
-        )
         if saved is not None:
             loop.restore(saved)
         elif accounting.parameters(model).stored != dense[0][0]:
             loop.clock.new_phase()  # low-rank from the first step
+        loop.follow_schedule()
         journal.start(recipe, splits, device, methods, saved, loop.run.plan)
         for event in loop.run.events:  # before the first step: what has no plan to be shown
             if event["event"] == "updates":
@@ -117,6 +115,7 @@ class Loop:
         self.task = TASKS[splits.task]
         self.steps_per_epoch = data.steps_per_epoch(splits.train, recipe.batch_size)
         self.total = recipe.epochs * self.steps_per_epoch
+        self.schedule = Schedule(recipe, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
         self.clock = Clock(device)
         self.carried = carried
@@ -130,6 +129,10 @@ class Loop:
         # Reading a loss waits for the GPU, and agreeing costs a message: not at every step there.
         alone = distributed.workers() == 1
         self._look_every = 1 if alone and device.type == "cpu" else 10
+
+    def follow_schedule(self) -> None:
+        """Give the optimizer the rates of the step that the run is at; a resumed run does, too."""
+        self.scheduler = LambdaLR(self.run.optimizer, self.schedule, last_epoch=self.run.step - 1)
 
     def fit(self, stop: StopRequest) -> None:
         """Train to the end of the recipe."""
@@ -237,6 +240,8 @@ class Loop:
             seconds=self._elapsed(),
         )
         self.epoch_loss = 0.0
+        if self.schedule.observe(score.loss):
+            self.follow_schedule()
         if (epoch + 1) % self.recipe.checkpoint_every == 0 or epoch + 1 == self.recipe.epochs:
             self._save()
         if self._unshown is None:
@@ -312,6 +317,7 @@ class Loop:
             "epoch_loss": self.epoch_loss,
             "scaler": self.scaler.state_dict(),
             "carried": self.carried.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "step_times": self.clock.state(),
             "switches": self.switches,
             "seconds": self._elapsed(),
@@ -325,8 +331,9 @@ class Loop:
         self.scaler.load_state_dict(saved.extra["scaler"])
         self.clock.restore(saved.extra["step_times"])
         self.switches = saved.extra["switches"]
-        # Checkpoints of before there were recurrent networks have none.
+        # Checkpoints of earlier versions have neither.
         self.carried.load_state_dict(saved.extra.get("carried", []), self.device)
+        self.schedule.load_state_dict(saved.extra.get("schedule", {}))
         self.began -= saved.extra["seconds"]
         # The order of examples follows from the seed; only layers that draw numbers need this.
         if distributed.workers() == len(saved.random):

@@ -10,6 +10,7 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ class Recipe:
         "mnist-5k",
         "images or text: `rankwise data` lists them; folder:PATH, text:PATH for your own",
     )
+    limit: int | None = option(
+        None, "train with so many examples only: images, or windows of a text", at_least=1
+    )
     image_size: int | None = option(
         None, "side in pixels that images are scaled to (none: as they are)", at_least=1
     )
@@ -65,16 +69,31 @@ class Recipe:
     )
     optimizer: str = option("sgd", "rule of the update", choices=("sgd", "adam", "adamw"))
     lr: float = option(0.05, "learning rate at its highest", above=0)
-    momentum: float = option(0.9, "momentum of sgd; Adam's beta1 is 0.9", at_least=0, at_most=1)
+    momentum: float = option(0.9, "momentum of sgd, beta1 of Adam", at_least=0, at_most=1)
+    nesterov: bool = option(False, "sgd looks ahead (Nesterov's momentum)")
+    beta2: float = option(0.999, "Adam's decay of squared gradients", at_least=0, at_most=1)
+    eps: float = option(1e-8, "Adam's addition to the denominator", above=0)
     weight_decay: float = option(5e-4, "decay per unit of learning rate", at_least=0)
+    decay_vectors: bool = option(True, "weight decay on biases and norms as well")
     schedule: str = option(
         "cosine",
-        "learning rate over the run: to 0, a tenth at 50 % and at 75 %, or even",
-        choices=("cosine", "step", "constant"),
+        "learning rate behind the warm-up: down to lr-end along a cosine or a line; times lr-decay "
+        "at milestones (step) or after each epoch whose validation loss is no new best (plateau); "
+        "with one over the root of the step (noam); or even",
+        choices=("cosine", "linear", "step", "plateau", "noam", "constant"),
+    )
+    lr_end: float = option(0.0, "cosine, linear: share of lr at the end", at_least=0, at_most=1)
+    lr_decay: float = option(
+        0.1, "step, plateau: what the learning rate is multiplied by", above=0, at_most=1
+    )
+    milestones: tuple[float, ...] = option(
+        (0.5, 0.75), "step: shares of the run behind which it is, comma between"
     )
     lr_warmup_epochs: float = option(
-        1.0, "epochs over which the learning rate rises from 0", at_least=0
+        1.0, "epochs over which the learning rate rises to lr", at_least=0
     )
+    lr_warmup_steps: int | None = option(None, "the same in optimizer steps", at_least=0)
+    lr_start: float = option(0.0, "share of lr that the rise begins at", at_least=0, at_most=1)
     label_smoothing: float = option(
         0.0, "share of the target for all classes", at_least=0, at_most=1
     )
@@ -91,10 +110,26 @@ class Recipe:
 
     def __post_init__(self) -> None:
         validate(self)
-        if self.lr_warmup_epochs >= self.epochs and self.lr_warmup_epochs > 0:
+        in_epochs = self.lr_warmup_steps is None
+        if in_epochs and self.lr_warmup_epochs >= self.epochs and self.lr_warmup_epochs > 0:
             raise OptionError(
                 f"Recipe: lr_warmup_epochs={self.lr_warmup_epochs:g} leaves nothing of "
                 f"epochs={self.epochs}; it must be shorter"
+            )
+        points = (0.0, *self.milestones, 1.0)
+        if not all(a < b for a, b in pairwise(points)):
+            raise OptionError(
+                f"Recipe: milestones={self.milestones} must rise from above 0 to below 1: they are "
+                "shares of the run"
+            )
+        if self.optimizer != "sgd" and max(self.momentum, self.beta2) == 1:
+            raise OptionError(
+                f"Recipe: momentum={self.momentum:g}, beta2={self.beta2:g}; Adam's are below 1"
+            )
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise OptionError(
+                f"Recipe: nesterov=True needs optimizer='sgd' with momentum, not "
+                f"'{self.optimizer}' with {self.momentum:g}"
             )
 
     @classmethod
@@ -114,7 +149,7 @@ class Recipe:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
-        """Read a TOML file: the fields as keys, the method as a table.
+        """Read a TOML file: fields as keys, the method as a table; a table `about` is for notes.
 
         Raises:
             OptionError: the file is missing or no TOML, or what `from_mapping` raises.
@@ -125,7 +160,7 @@ class Recipe:
             name = "pufferfish"
             ranks = 0.25
         """
-        return cls.from_mapping(read_toml(path))
+        return cls.from_mapping(_read_toml(path))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values that JSON and `from_mapping` understand."""
@@ -138,15 +173,13 @@ class Recipe:
         return {n: (mine[n], theirs[n]) for n in names if mine[n] != theirs[n]}
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """The content of a recipe file, unchecked.
-
-    Raises:
-        OptionError: the file cannot be read, or is no TOML.
-    """
+def _read_toml(path: str | Path) -> dict[str, Any]:
+    """The content of a recipe file, unchecked, without what it says about itself."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(f"recipe {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise OptionError(f"recipe {path} is no TOML file: {error}") from error
+    content.pop("about", None)
+    return content

@@ -61,13 +61,15 @@ def load_data(recipe: Recipe, progress: Callable[[int, int], None] | None = None
         DataError: the data are missing or malformed.
     """
     if data.is_text(recipe.data):
-        return data.load_text(
+        whole: data.DataSet = data.load_text(
             recipe.data,
             context=recipe.context,
             level=recipe.tokens,
             min_count=recipe.min_count,
         )
-    return data.load(recipe.data, size=recipe.image_size, progress=progress)
+    else:
+        whole = data.load(recipe.data, size=recipe.image_size, progress=progress)
+    return whole if recipe.limit is None else data.Limited(whole, recipe.limit)
 
 
 def build_model(recipe: Recipe, splits: data.DataSet, device: torch.device) -> nn.Module:
@@ -93,19 +95,25 @@ def build_model(recipe: Recipe, splits: data.DataSet, device: torch.device) -> n
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
-    """The recipe's optimizer, fused where the device has such kernels."""
+    """The recipe's optimizer, fused where the device has such kernels.
+
+    Without `decay_vectors` biases, norms and other parameters of one dimension are a group apart.
+    """
     held = list(model.parameters())
-    fused = held[0].device.type in ("cpu", "cuda")
+    common: dict[str, Any] = {
+        "lr": recipe.lr,
+        "weight_decay": recipe.weight_decay,
+        "fused": held[0].device.type in ("cpu", "cuda"),
+    }
+    groups: list[dict[str, Any]] = [{"params": held}]
+    if not recipe.decay_vectors:
+        vectors = [p for p in held if p.dim() < 2]
+        groups = [{"params": [p for p in held if p.dim() >= 2]}]
+        groups += [{"params": vectors, "weight_decay": 0.0}] if vectors else []
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(
-            held,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            fused=fused,
-        )
+        return torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.nesterov, **common)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(held, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
+    return kind(groups, betas=(recipe.momentum, recipe.beta2), eps=recipe.eps, **common)
 
 
 def wrapper(recipe: Recipe, methods: Sequence[Method]) -> Callable[[nn.Module], nn.Module] | None:

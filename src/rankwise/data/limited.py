@@ -1,0 +1,105 @@
+"""The same data set with a smaller training part, for quick tries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from rankwise.data.splits import SPLIT_SEED, DataSet, Examples
+from rankwise.errors import OptionError
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Some of the examples of a part, under numbers of their own."""
+
+    whole: Examples
+    numbers: Tensor  # (n,) int64
+
+    @property
+    def unit(self) -> str:
+        """That of the whole."""
+        return self.whole.unit
+
+    @property
+    def noun(self) -> str:
+        """That of the whole."""
+        return self.whole.noun
+
+    @property
+    def units(self) -> int:
+        """That of the whole."""
+        return self.whole.units
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of these examples (B,)."""
+        return self.whole.take(self.numbers[chosen])
+
+    def for_epoch(self, draw: int, streams: int = 0) -> Self:
+        """The same numbers of what the whole is in that pass."""
+        return type(self)(self.whole.for_epoch(draw, streams), self.numbers)
+
+
+@dataclass(frozen=True, eq=False)
+class Limited:
+    """A data set whose training part is a part of another's.
+
+    Of images (and other examples without an order) it is a fixed random choice, of a text its
+    beginning.
+    """
+
+    whole: DataSet
+    limit: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.limit <= len(self.whole.train):
+            raise OptionError(
+                f"limit={self.limit:,}: {self.whole.name} has {len(self.whole.train):,} "
+                f"{self.whole.train.noun}s to train with; choose at most so many, or no limit"
+            )
+
+    @property
+    def task(self) -> str:
+        """That of the whole."""
+        return self.whole.task
+
+    @property
+    def name(self) -> str:
+        """That of the whole."""
+        return self.whole.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Those of the whole."""
+        return self.whole.classes
+
+    @property
+    def train(self) -> Chosen:
+        """The chosen ones."""
+        count = len(self.whole.train)
+        numbers = torch.arange(count)
+        if self.task == "classification":
+            generator = torch.Generator().manual_seed(SPLIT_SEED)
+            numbers = torch.randperm(count, generator=generator)
+        return Chosen(self.whole.train, numbers[: self.limit])
+
+    @property
+    def validation(self) -> Examples:
+        """All of them."""
+        return self.whole.validation
+
+    @property
+    def test(self) -> Examples:
+        """All of them."""
+        return self.whole.test
+
+    @property
+    def checksum(self) -> str:
+        """That of the whole."""
+        return self.whole.checksum
