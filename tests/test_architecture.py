@@ -38,6 +38,7 @@ LAYERS = (
         "composition",
         "isolation",
         "checkpoint",
+        "recipes",
         "training",
     ),
     ("integrations",),

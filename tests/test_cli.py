@@ -78,8 +78,9 @@ def test_help_shows_defaults_units_and_choices(capsys):
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "images per optimizer step, over all workers (default: 64)" in text
-    assert "--schedule cosine|step|constant" in text
-    assert "a tenth at 50 % and at 75 %" in text
+    assert "--schedule cosine|linear|step|plateau|noam|constant" in text
+    assert "lr-decay at milestones (step)" in text
+    assert "comma between (default: 0.5,0.75)" in text
 
 
 @pytest.mark.parametrize(

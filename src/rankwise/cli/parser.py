@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import rankwise
+from rankwise.cli.rows import ROWS
 from rankwise.errors import OptionError, nearest, unknown
 from rankwise.training.recipe import Recipe
 
@@ -42,7 +43,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if extra:
         raise OptionError(_unknown(extra[0], command))
     asked.method_options = method_options
-    if asked.command not in ("train", "compare") and method_options:
+    if asked.command not in ("train", "compare", "table") and method_options:
         raise OptionError(
             f"`rankwise {asked.command}` takes no {METHOD_FLAG}{next(iter(method_options))}"
         )
@@ -78,9 +79,14 @@ def _parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     )
     compare.add_argument("--seeds", help="seeds, comma between (default: the recipe's)")
 
+    table = _command(made, "table", "train recipes in all forms and print the field's table")
+    _table_flags(table)
+
     plan = _command(made, "plan", "show which layers would become low-rank, without training")
     _plan_flags(plan)
 
+    recipes = _command(made, "recipes", "list the recipes of the papers, or show one")
+    recipes.add_argument("name", nargs="?", help="show this recipe's file")
     methods = _command(made, "methods", "list the methods, or the options of one")
     methods.add_argument("name", nargs="?", help="show the options of this method")
     models = _command(made, "models", "list the networks, or those of a library")
@@ -107,10 +113,37 @@ def _command(made: Any, name: str, summary: str) -> argparse.ArgumentParser:
     )
 
 
+def _table_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipes",
+        nargs="+",
+        metavar="RECIPE",
+        help="recipes by name, glob or file: each is a network on its data; flags go before values",
+    )
+    parser.add_argument(
+        "--rows",
+        default=",".join(ROWS),
+        help="forms of each network, comma between (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", default="0,1,2", help="seeds, comma between (default: %(default)s)"
+    )
+    parser.add_argument("--show", action="store_true", help="print what is finished, train nothing")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table there as well")
+    _field_flags(parser, leave_out=("method", "seed"))
+
+
 def _recipe_flags(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = ()) -> None:
     parser.add_argument(
-        "recipe", nargs="?", metavar="RECIPE.toml", help="recipe file; flags go before its values"
+        "recipe",
+        nargs="?",
+        metavar="RECIPE",
+        help="a file, or a name of `rankwise recipes`; flags go before its values",
     )
+    _field_flags(parser, leave_out=leave_out)
+
+
+def _field_flags(parser: argparse.ArgumentParser, *, leave_out: Sequence[str]) -> None:
     group = parser.add_argument_group("the recipe")
     hints = typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
@@ -223,6 +256,8 @@ def _shown(default: Any) -> str:
         return "yes" if default else "no"
     if default is None:
         return "none"
+    if isinstance(default, tuple):
+        return ",".join(map(_shown, default))
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 

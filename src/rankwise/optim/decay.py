@@ -231,7 +231,7 @@ class RunDecay:
         own = _scales(context, None)
         for part in self._rest:
             acted += _decay_plainly(part, own(part.parameter))
-        if products and not acted and not self._warned:
+        if products and not acted and not self._warned and self._strength != 0:
             self._warned = True
             logger.warning(
                 "no decay: the weight decay that the factors would have had is 0, or none of them "
