@@ -6,7 +6,7 @@ leaves a trace in the model: flags, buffers, hooks and random state are as they 
 
 from __future__ import annotations
 
-from rankwise.accounting.counting import Parameters, flops, parameters, running_statistics
+from rankwise.accounting.counting import Parameters, flops, macs, parameters, running_statistics
 from rankwise.accounting.machine import device_name, processor
 from rankwise.accounting.memory import Memory, memory
 from rankwise.accounting.running import Sample, Shape, call_arguments, device_of
@@ -24,6 +24,7 @@ __all__ = [
     "device_name",
     "device_of",
     "flops",
+    "macs",
     "memory",
     "parameters",
     "processor",

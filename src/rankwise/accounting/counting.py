@@ -20,11 +20,25 @@ from rankwise.accounting.running import Sample, Shape, device_of, forward, undis
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """How many numbers a model stores; a parameter shared by several modules counts once."""
+    """How many numbers a model stores; a parameter shared by several modules counts once.
+
+    Tables of papers that say "MB" often mean millions of numbers; in float32 these are four times
+    as many megabytes.
+    """
 
     stored: int
     trainable: int  # those that require a gradient
     bytes: int
+
+    @property
+    def millions(self) -> float:
+        """Stored numbers in units of 10^6."""
+        return self.stored / 1e6
+
+    @property
+    def megabytes(self) -> float:
+        """What they occupy, in units of 10^6 bytes."""
+        return self.bytes / 1e6
 
 
 def parameters(model: nn.Module) -> Parameters:
@@ -47,6 +61,9 @@ def running_statistics(model: nn.Module) -> int:
 
 def flops(model: nn.Module, sample: Sample) -> int:
     """Count the FLOPs of the matrix products of one forward in eval mode: 2 per multiply-add.
+
+    Many papers and counters (fvcore, thop, ptflops) call half of it FLOPs; that is `macs`. Looking
+    up an embedding costs none; norms, activations, biases and softmax are not counted.
 
     Exact for linear and recurrent layers, convolutions and attention, whatever kernels would run:
     the count is made on meta tensors, without memory or time for the arithmetic. A model that needs
@@ -73,6 +90,11 @@ def flops(model: nn.Module, sample: Sample) -> int:
         ):
             forward(model, sample, device_of(model), detached=True)
         return count.get_total_flops() + unseen()
+
+
+def macs(model: nn.Module, sample: Sample) -> int:
+    """Count the multiply-adds of the matrix products of one forward: half of `flops`."""
+    return flops(model, sample) // 2
 
 
 def _trilinear_flops(a: Shape, weight: Shape, b: Shape, *_: Any, **__: Any) -> int:

@@ -64,13 +64,22 @@ def plan_command(asked: argparse.Namespace) -> int:
         console.print()
     gated: dict[str, Any] = {"gains": gains, "min_gain": options.min_gain, "per": options.per}
     plan = ranks.plan(model, method.ranks, sample, trace=trace, **choice, **gated)
-    plan = dataclasses.replace(plan, notes=(*plan.notes, *notes))
+    plan = dataclasses.replace(plan, notes=(*plan.notes, *_size(model, plan), *notes))
     console.print(tables.plan(plan))
     if gains is not None and not plan.ranks:
         console.print("none of these layers gains from low rank here: they stay dense")
     _save("--save", asked.save, plan, "the plan")
     _save("--save-gains", options.save_gains, gains, "the gains")
     return 0
+
+
+def _size(model: Any, plan: ranks.Plan) -> list[str]:
+    """What the weights occupy: tables that say MB often mean millions of numbers."""
+    now = accounting.parameters(model)
+    if plan.provisional or not now.stored:
+        return []
+    dense, planned = (count * now.bytes / now.stored / 1e6 for count in plan.parameters)
+    return [f"weights {dense:,.2f} MB -> {planned:,.2f} MB (10^6 bytes)"]
 
 
 def _names(declared: Any) -> set[str]:

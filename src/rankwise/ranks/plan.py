@@ -238,7 +238,8 @@ class Plan:
             text += f", trainable {_change(*self.trainable)}"
         if self.flops is not None and self.flops[0]:
             text += f"; forward FLOPs {_short(self.flops[0])} -> {_short(self.flops[1])}"
-            text += f" ({self.flops[1] / self.flops[0]:.1%})"
+            macs = [_short(count / 2) for count in self.flops]
+            text += f" ({self.flops[1] / self.flops[0]:.1%}), MACs {macs[0]} -> {macs[1]}"
         if self.ms is not None:
             dense, planned = self.ms
             count = sum(layer.ms is not None for layer in self.layers)
