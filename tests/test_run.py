@@ -322,6 +322,31 @@ def test_a_closure_that_is_evaluated_twice_is_refused() -> None:
         optimizer.step(lambda: 0.0)
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_step_that_calls_its_parents_is_one_step(closed: bool) -> None:
+    """torch hangs hooks on the step of every class that was built, also on the parent's."""
+
+    class Louder(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    plain, louder = network(), network()
+    optimizer = sgd(plain)  # from now on SGD.step calls hooks
+    rankwise.start(plain, pufferfish(lr_factor=0.5), optimizer)
+    train(plain, optimizer, range(8))
+    optimizer = Louder(louder.parameters(), **optimizer.defaults)
+    run = rankwise.start(louder, pufferfish(lr_factor=0.5), optimizer)
+    with pytest.raises(ZeroDivisionError):  # a step that fails leaves nothing open
+        optimizer.step(lambda: 1 / 0)
+    for step in range(8):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(louder(x), y).backward()
+        optimizer.step((lambda: 0.0) if closed else None)
+    assert run.step == 8
+    assert_same(plain, louder)
+
+
 def test_none_as_closure_by_position_is_no_closure() -> None:
     model = network()
     optimizer = sgd(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -243,13 +244,14 @@ def hang_on(
 ) -> list[RemovableHandle]:
     """Have a run's two hooks called around every step of the optimizer, which is now the run's.
 
-    A closure is waited for: `before` is called behind it, still ahead of the update.
+    A closure is waited for: `before` is called behind it, still ahead of the update. A step that
+    calls that of its parent class is one step.
     """
 
     def on_step(
         _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if optimizer in _resting:
+        if optimizer in _resting or _called_by_another_step(optimizer):
             return None
         closure = closure_of(args, kwargs)
         if closure is None:
@@ -260,7 +262,7 @@ def hang_on(
         return (args[0], followed_by(closure, before), *args[2:]), others
 
     def on_stepped(*_: object) -> None:
-        if optimizer not in _resting:
+        if optimizer not in _resting and not _called_by_another_step(optimizer):
             after()
 
     def on_state_dict(_: Optimizer) -> None:
@@ -273,6 +275,23 @@ def hang_on(
         optimizer.register_step_pre_hook(untraced(on_step)),
         optimizer.register_step_post_hook(untraced(on_stepped)),
     ]
+
+
+# torch wraps the step of every class that was ever built, so a parent's step calls hooks as well.
+_HOOKED_STEP = Optimizer.profile_hook_step(len).__code__
+
+
+def _called_by_another_step(optimizer: Optimizer) -> bool:
+    """Whether the step whose hooks are being called is that of a parent class (`super().step()`).
+
+    Read from the stack: a count of open steps would stay wrong after one that raised.
+    """
+    steps, frame = 0, sys._getframe()
+    while frame is not None:
+        if frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer:
+            steps += 1
+        frame = frame.f_back
+    return steps > 1
 
 
 @contextmanager
