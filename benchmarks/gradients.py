@@ -5,10 +5,12 @@
 
 The gradients are given; timed is everything that is done with them: projection, the optimizer's
 step, the way back into the weights. Each round times every side once, in turn. Beside the sides
-stands the floor: two matrix products a matrix, one down and one up, and nothing else. A refresh is
-the difference between a step that renews every basis and one that renews none; the SVD is that of
-the peer's first step. The amortised step is the mean over 200 steps with their refreshes: ours
-measured, one after the other, the peer's counted as a median step and a 200th of its SVDs. The
+stands the floor: two matrix products a matrix, one down and one up, and nothing else; once by
+torch's `mm`, by which the published programs multiply, and once by oneDNN, which ours takes where
+it is faster (`rankwise.onednn`); GaLore is timed with `mm`, too. A refresh is the difference
+between a step that renews every basis and one that renews none; the SVD is that of the peer's first
+step. The amortised step is a median step and a 200th of a refresh of all matrices, for both sides.
+Beside it stands the mean of 200 steps in a row with their refreshes, and the slowest of them. The
 share is that of the whole optimizer step, embedding and head included, in a training step of 2,048
 tokens. Rank is 128 for 60M and 256 for 130M, as in the paper (arXiv 2403.03507).
 """
@@ -19,6 +21,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -35,7 +38,7 @@ from torch.optim import AdamW
 
 import rankwise
 from gradient_peers import apollo_torch, galore_torch
-from rankwise import models
+from rankwise import models, onednn
 from rankwise.method import Method
 from rankwise.methods import METHODS
 from rankwise.training import environment
@@ -60,10 +63,17 @@ class Matrices(nn.Module):
 
 @dataclass(frozen=True)
 class Side:
-    """Something that is timed: what comes before, and what is timed."""
+    """Something that is timed.
+
+    Attributes:
+        before: what comes before.
+        step: what is timed.
+        refreshed: how many bases the last step renewed.
+    """
 
     before: Callable[[], None]
     step: Callable[[], None]
+    refreshed: Callable[[], int] = lambda: 0
 
 
 def shapes_of(name: str) -> list[tuple[int, int]]:
@@ -95,7 +105,8 @@ def base(parameters: Any) -> AdamW:
 def ours(method: Method, shapes: Sequence[tuple[int, int]], gradients: Sequence[Tensor]) -> Side:
     model = Matrices(shapes)
     weights, optimizer = model.matrices(), base(model.parameters())
-    rankwise.start(model, method, optimizer)
+    run = rankwise.start(model, method, optimizer)
+    projected: Any = method
 
     def step() -> None:
         accumulated(weights)
@@ -105,7 +116,11 @@ def ours(method: Method, shapes: Sequence[tuple[int, int]], gradients: Sequence[
         optimizer.zero_grad()
         give(weights, gradients)
 
-    return Side(before, step)
+    def refreshed() -> int:
+        matrices = projected.engine.matrices.values()
+        return sum(m.next_refresh == run.step - 1 + m.period for m in matrices)
+
+    return Side(before, step, refreshed)
 
 
 def peer(
@@ -119,12 +134,27 @@ def peer(
     return Side(lambda: give(weights, gradients), optimizer.step)
 
 
+def by_mm(side: Side) -> Side:
+    """The same without oneDNN."""
+
+    def step() -> None:
+        worth, onednn.WORTH = onednn.WORTH, math.inf
+        try:
+            side.step()
+        finally:
+            onednn.WORTH = worth
+
+    return Side(side.before, step, side.refreshed)
+
+
 def dense(shapes: Sequence[tuple[int, int]], gradients: Sequence[Tensor]) -> Side:
     weights = Matrices(shapes).matrices()
     return Side(lambda: give(weights, gradients), base(weights).step)
 
 
-def floor(shapes: Sequence[tuple[int, int]], gradients: Sequence[Tensor], rank: int) -> Side:
+def floor(
+    shapes: Sequence[tuple[int, int]], gradients: Sequence[Tensor], rank: int, fast: bool = False
+) -> Side:
     """One product down into the subspace and one up into the weight, with memory at hand."""
     weights = [w.detach() for w in Matrices(shapes).matrices()]
     bases = [torch.linalg.qr(torch.randn(min(s), rank))[0] for s in shapes]
@@ -133,7 +163,12 @@ def floor(shapes: Sequence[tuple[int, int]], gradients: Sequence[Tensor], rank: 
     @torch.no_grad()
     def step() -> None:
         for weight, gradient, basis, low in zip(weights, gradients, bases, small, strict=True):
-            if low.shape[1] == rank and weight.shape[0] >= weight.shape[1]:
+            down = low.shape[1] == rank and weight.shape[0] >= weight.shape[1]
+            if fast and down:
+                onednn.add_product_(weight, onednn.matmul(gradient, basis), basis.mT, alpha=1e-9)
+            elif fast:
+                onednn.add_product_(weight, basis, onednn.matmul(basis.mT, gradient), alpha=1e-9)
+            elif down:
                 torch.mm(gradient, basis, out=low)
                 weight.addmm_(low, basis.mT, alpha=1e-9)
             else:
@@ -167,6 +202,11 @@ def build(name: str, **options: Any) -> Method:
     return METHODS[name](**options)
 
 
+def build_on_all(name: str, **options: Any) -> Method:
+    """A method of all `Matrices`: the last of them is no classifier."""
+    return build(name, layers="*", **options)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One network with one number of threads; milliseconds.
@@ -178,6 +218,7 @@ class Row:
         steps: side -> every round.
         refresh: what renews all bases -> its time beside a plain step.
         sequence: 200 steps of GaLore with its refreshes in turn, without the first.
+        refreshed: how many bases each of them renewed.
         forward_backward: of a training step of `TOKENS` tokens, dense.
         whole: side -> whole optimizer step of the network, embedding and head included.
     """
@@ -188,6 +229,7 @@ class Row:
     steps: dict[str, list[float]]
     refresh: dict[str, float]
     sequence: list[float]
+    refreshed: list[int]
     forward_backward: float
     whole: dict[str, float]
 
@@ -197,11 +239,14 @@ class Row:
     def figures(self) -> dict[str, float]:
         """The ratios that goals are stated for."""
         peer = self.median("galore-torch") + self.refresh["galore-torch, SVD"] / PERIOD
-        mean = statistics.fmean(self.sequence)
+        amortised = self.median("GaLore") + self.refresh["warm"] / PERIOD
         return {
             "GaLore / floor": self.median("GaLore") / self.median("floor"),
+            "GaLore / oneDNN's floor": self.median("GaLore") / self.median("floor, oneDNN"),
+            "GaLore by mm / floor": self.median("GaLore by mm") / self.median("floor"),
             "GaLore / galore-torch": self.median("GaLore") / self.median("galore-torch"),
-            "amortised / galore-torch": mean / peer,
+            "amortised / galore-torch": amortised / peer,
+            "200 steps / galore-torch": statistics.fmean(self.sequence) / peer,
             "SVD / refresh": self.refresh["galore-torch, SVD"] / self.refresh["warm"],
             "SVD / rotated refresh": self.refresh["galore-torch, SVD"]
             / self.refresh["warm, rotated"],
@@ -236,7 +281,7 @@ def refreshes(
         "warm, rotated": {**at_once, "moments": "rotate"},
         "plain": {"rank": rank, "every": 0},
     }
-    sides = {k: ours(build("galore", **o), shapes, gradients) for k, o in kinds.items()}
+    sides = {k: ours(build_on_all("galore", **o), shapes, gradients) for k, o in kinds.items()}
     timer.rounds(sides, 2)
     times = {k: statistics.median(t) for k, t in timer.rounds(sides, count).items()}
     found = {k: times[k] - times["plain"] for k in ("warm", "warm, rotated")}
@@ -322,20 +367,22 @@ def measure(name: str, threads: int, options: argparse.Namespace) -> Row:
     sides = {
         "AdamW, dense": dense(shapes, gradients),
         "floor": floor(shapes, gradients, rank),
+        "floor, oneDNN": floor(shapes, gradients, rank, fast=True),
         "galore-torch": peer(galore_torch, shapes, gradients, rank),
-        "GaLore": ours(build("galore", **kept), shapes, gradients),
+        "GaLore": ours(build_on_all("galore", **kept), shapes, gradients),
+        "GaLore by mm": by_mm(ours(build_on_all("galore", **kept), shapes, gradients)),
         "apollo-torch": peer(apollo_torch, shapes, gradients, rank),
-        "APOLLO": ours(build("apollo", **kept), shapes, gradients),
-        "Fira": ours(build("fira", **kept), shapes, gradients),
-        "tracked": ours(build("tracked", rank=rank), shapes, gradients),
+        "APOLLO": ours(build_on_all("apollo", **kept), shapes, gradients),
+        "Fira": ours(build_on_all("fira", **kept), shapes, gradients),
+        "tracked": ours(build_on_all("tracked", rank=rank), shapes, gradients),
     }
     timer.rounds(sides, 2)
     steps = timer.rounds(sides, options.repeats)
     del sides
     gc.collect()
-    turning = ours(build("galore", rank=rank, every=PERIOD), shapes, gradients)
+    turning = ours(build_on_all("galore", rank=rank, every=PERIOD), shapes, gradients)
     timer.once(turning)
-    sequence = [timer.once(turning) for _ in range(options.sequence)]
+    pairs = [(timer.once(turning), turning.refreshed()) for _ in range(options.sequence)]
     del turning
     gc.collect()
     passes, whole = whole_steps(name, rank, timer, 1 if options.smoke else 2)
@@ -345,7 +392,8 @@ def measure(name: str, threads: int, options: argparse.Namespace) -> Row:
         threads=threads,
         steps=steps,
         refresh=refresh,
-        sequence=sequence,
+        sequence=[milliseconds for milliseconds, _ in pairs],
+        refreshed=[count for _, count in pairs],
         forward_backward=passes,
         whole=whole,
     )
@@ -360,6 +408,10 @@ def show(row: Row) -> None:
     print("  refresh of all:", ", ".join(f"{k} {v:.0f}" for k, v in row.refresh.items()))
     whole = ", ".join(f"{k} {v:.0f}" for k, v in row.whole.items())
     print(f"  {TOKENS:,} tokens, forward and backward: {row.forward_backward:.0f}; whole: {whole}")
+    slowest = max(range(len(row.sequence)), key=row.sequence.__getitem__)
+    print(
+        f"  slowest of {len(row.sequence)}: step {slowest + 2}, {row.refreshed[slowest]} new bases"
+    )
     for name, value in row.figures().items():
         goal, way = GOALS.get(name, (None, ""))
         wanted = f"   (goal: {way} {goal})" if goal is not None else ""

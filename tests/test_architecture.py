@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "rankwise"
 LAYERS = (
     ("errors", "options", "storage"),
     ("models", "data", "accounting", "reports"),
-    ("method", "linalg", "handle", "distributed", "sharding"),
+    ("method", "linalg", "onednn", "handle", "distributed", "sharding"),
     ("layers",),
     (
         "candidates",

@@ -113,9 +113,15 @@ def test_the_matrices_timed_are_those_of_the_blocks(times):
 def test_our_side_projects_and_steps_like_a_backward_would(times):
     shapes = [(24, 16), (16, 24), (16, 16)]
     gradients = [torch.randn(m, n, generator=torch.Generator().manual_seed(m)) for m, n in shapes]
-    side = times.ours(times.build("galore", rank=4, every=0), shapes, gradients)
+    side = times.ours(times.build_on_all("galore", rank=4, every=0), shapes, gradients)
     timer = times.Timer(iter(range(100)).__next__)
     assert timer.rounds({"ours": side}, 3) == {"ours": [1000, 1000, 1000]}
+    turning = times.ours(times.build_on_all("galore", rank=4, every=3), shapes, gradients)
+    counts = []
+    for _ in range(6):
+        timer.once(turning)
+        counts.append(turning.refreshed())
+    assert counts[1:] == [1, 1, 1, 1, 1]  # three matrices in turn, each every third step
     # What was given is untouched, so every round does the same work.
     for gradient, (m, n) in zip(gradients, shapes, strict=True):
         expected = torch.randn(m, n, generator=torch.Generator().manual_seed(m))
@@ -131,17 +137,22 @@ def test_the_figures_are_ratios_of_medians_and_amortise_the_refresh(times):
             name: [value] * 5
             for name, value in {
                 **{"floor": 100.0, "GaLore": 110.0, "galore-torch": 120.0},
+                **{"floor, oneDNN": 50.0, "GaLore by mm": 125.0},
                 **{"APOLLO": 90.0, "apollo-torch": 100.0, "tracked": 330.0},
             }.items()
         },
         refresh={"warm": 200.0, "warm, rotated": 400.0, "galore-torch, SVD": 4000.0},
         sequence=[110.0] * 199 + [132.0],
+        refreshed=[0] * 199 + [1],
         forward_backward=9_890.0,
         whole={"GaLore": 110.0},
     )
     figures = row.figures()
     assert figures["GaLore / floor"] == pytest.approx(1.1)
-    assert figures["amortised / galore-torch"] == pytest.approx(110.11 / 140)
+    assert figures["GaLore / oneDNN's floor"] == pytest.approx(2.2)
+    assert figures["GaLore by mm / floor"] == pytest.approx(1.25)
+    assert figures["amortised / galore-torch"] == pytest.approx(111 / 140)
+    assert figures["200 steps / galore-torch"] == pytest.approx(110.11 / 140)
     assert figures["SVD / refresh"] == pytest.approx(20)
     assert figures["SVD / rotated refresh"] == pytest.approx(10)
     assert figures["slowest / median step"] == pytest.approx(1.2)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.testing import assert_close
 
+from rankwise import onednn
 from rankwise.errors import FactorizeError, LifeCycleError, OptionError, PlanError
 from rankwise.layers import (
     LowRankGRU,
@@ -174,7 +175,7 @@ def test_products_of_onednn(
     kind: str, per_gate: bool, joined: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """float32, and every product by oneDNN where the processor has it, against float64."""
-    monkeypatch.setattr(products, "WORTH", 1)
+    monkeypatch.setattr(onednn, "WORTH", 1)
     monkeypatch.setattr(products, "JOINED_FEW", joined)
     torch.manual_seed(0)
     low = CLASSES[kind](17, 24, 2, bidirectional=True, rank=7, per_gate=per_gate)

@@ -1,16 +1,12 @@
 """Products of few rows with weights that stay: what a loop over time consists of.
 
-On x86 processors oneDNN multiplies float32 up to 2.5 times as fast as the BLAS that torch's `mm`
-calls (AMD EPYC with AVX-512: 230-260 against 85-110 GFLOP/s from 20 rows on; it is also what
-nn.LSTM runs on), the more so if the weight is reordered once for all steps. torch offers it by the
-operators that its compiler calls. Where they are missing, or the product is so small that their
-overhead counts, `mm` is taken.
+They go by oneDNN where it is faster (`rankwise.onednn`), the more so as the weight is reordered
+once for all steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,41 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankwise.layers.recurrent.codes import operand_dtype, state_dtype
+from rankwise.onednn import by_onednn, multiply
 
-# Multiplications and additions from which oneDNN's call (4 us more) is the faster one.
-WORTH = 1.2e6
 # The weights of inputs and hidden state are joined into one product a step up to this many numbers
 # (8 MB); larger ones are faster apart, that of the inputs for many steps. So are those of few rows,
 # where reading weights is all the work, unless they fit a core's own cache (1 MB).
 JOINED, JOINED_FEW, FEW = 1 << 21, 1 << 18, 8
-_DTYPES = (torch.float32, torch.bfloat16)
 
 Product = Callable[[Tensor], Tensor]
 Sum = Callable[[Tensor, Tensor], Tensor]
-
-
-@cache
-def _onednn() -> bool:
-    names = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, name) for name in names
-    )
-
-
-def by_onednn(weight: Tensor, rows: int) -> bool:
-    """Whether a product of `rows` rows with a weight goes by oneDNN."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in _DTYPES
-        and 2 * rows * weight.numel() >= WORTH
-        and torch.backends.mkldnn.enabled
-        and _onednn()
-    )
-
-
-def _dense(x: Tensor) -> Tensor:
-    """A matrix without gaps: oneDNN takes a hundred times as long for one that has them."""
-    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
 def product(weight: Tensor, rows: int, bias: Tensor | None = None) -> Product:
@@ -81,14 +51,6 @@ def added(weight: Tensor, gates: int, rows: int, width: int, *, mixed: bool = Fa
         return lambda x, y: linear(x.contiguous(), y.contiguous(), packed, None, "add")
     turned = weight.t()
     return lambda x, y: torch.addmm(y, x, turned)
-
-
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x (M, K) times W (N, K) transposed, once; either may be a transposed view."""
-    if by_onednn(weight, len(x)):
-        x, weight = _dense(x), _dense(weight)
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
-    return torch.mm(x, weight.t())
 
 
 @torch.library.custom_op("rankwise::rows_times", mutates_args=())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rankwise import sharding
 from rankwise.linalg import working_dtype
+from rankwise.onednn import add_product_, matmul
 from rankwise.optim.projected.gradient import LowRankGrad, Proxy
 from rankwise.optim.projected.int8 import Int8Weight
 from rankwise.optim.projected.subspace import LowBitBasis
@@ -184,19 +185,19 @@ class ProjectedMatrix:
         matrix = full.flatten(1)
         left, right = (self._factor(side, matrix.dtype) for side in ("left", "right"))
         if left is not None:
-            matrix = left.mT @ matrix
-        return matrix if right is None else matrix @ right
+            matrix = matmul(left.mT, matrix)
+        return matrix if right is None else matmul(matrix, right)
 
     def project_into(self, small: Tensor, full: Tensor, alpha: float) -> None:
         """Add alpha times the projection of `full`."""
         matrix = full.flatten(1)
         left, right = (self._factor(side, matrix.dtype) for side in ("left", "right"))
         if left is not None and right is not None:
-            matrix, left = left.mT @ matrix, None
+            matrix, left = matmul(left.mT, matrix), None
         if left is not None:
-            small.addmm_(left.mT, matrix, alpha=alpha)
+            add_product_(small, left.mT, matrix, alpha=alpha)
         elif right is not None:
-            small.addmm_(matrix, right, alpha=alpha)
+            add_product_(small, matrix, right, alpha=alpha)
         else:
             small.add_(matrix, alpha=alpha)
 
@@ -205,9 +206,9 @@ class ProjectedMatrix:
         left, right = (self._factor(side, small.dtype) for side in ("left", "right"))
         with _uncast(small):
             if left is not None:
-                small = left @ small
+                small = matmul(left, small)
             if right is not None:
-                small = small @ right.mT
+                small = matmul(small, right.mT)
         return small.reshape(self.local(self.weight).shape)
 
     def lift_into(self, target: Tensor, small: Tensor, alpha: float, keep: float = 1.0) -> None:
@@ -215,11 +216,11 @@ class ProjectedMatrix:
         small = small.to(target.dtype)
         left, right = (self._factor(side, target.dtype) for side in ("left", "right"))
         if left is not None and right is not None:
-            small, left = left @ small, None
+            small, left = matmul(left, small), None
         if left is not None:
-            target.addmm_(left, small, beta=keep, alpha=alpha)
+            add_product_(target, left, small, beta=keep, alpha=alpha)
         elif right is not None:
-            target.addmm_(small, right.mT, beta=keep, alpha=alpha)
+            add_product_(target, small, right.mT, beta=keep, alpha=alpha)
         else:
             if keep != 1.0:
                 target.mul_(keep)

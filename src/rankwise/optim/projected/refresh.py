@@ -13,6 +13,7 @@ from rankwise import sharding
 from rankwise.errors import LifeCycleError
 from rankwise.linalg import working_dtype
 from rankwise.method import Context
+from rankwise.onednn import matmul
 from rankwise.optim.projected import moments as moment_rules
 from rankwise.optim.projected import subspace
 from rankwise.optim.projected.choices import Choices
@@ -85,7 +86,8 @@ class Bases:
         if moment is None:
             return None
         side, gradient = matrix.sides[0], full.flatten(1)
-        return matrix.facing(side, gradient).mT @ matrix.facing(side, moment.to(gradient.dtype))
+        facing = matrix.facing(side, gradient)
+        return matmul(facing.mT, matrix.facing(side, moment.to(gradient.dtype)))
 
     def gram(self, matrix: ProjectedMatrix) -> Tensor | None:
         """M^T M (R, R) of the first moment M that sketches of this step were made with."""
@@ -93,7 +95,7 @@ class Bases:
         if moment is None:
             return None
         facing = matrix.facing(matrix.sides[0], moment)
-        return self.total(matrix)(facing.mT @ facing)
+        return self.total(matrix)(matmul(facing.mT, facing))
 
     def check_momentum(self, matrix: ProjectedMatrix) -> None:
         """Refuse to track by an optimizer without momentum.
@@ -140,7 +142,7 @@ class Bases:
             return
         wide = working_dtype(gradient.dtype)
         facing = matrix.facing(side, gradient.to(wide))
-        matrix.power = facing.mT @ matrix.facing(side, small.to(wide))
+        matrix.power = matmul(facing.mT, matrix.facing(side, small.to(wide)))
 
     def renew(self, matrix: ProjectedMatrix) -> None:
         """Finish a power step that was begun: the step it shared its projection with is done."""
@@ -225,7 +227,7 @@ class Bases:
         if rule == "reset":
             moment_rules.reset_(state, matrix.name)
         elif rule == "rotate":
-            cosines = {side: old[side].mT @ matrix.basis(side) for side in bases}
+            cosines = {side: matmul(old[side].mT, matrix.basis(side)) for side in bases}
             squares = {side: c.square() for side, c in cosines.items()}
             moment_rules.rotate_(
                 state, self.options(matrix), _turner(cosines), _turner(squares), matrix.name
@@ -255,9 +257,8 @@ class Bases:
 def _turner(turns: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     def turn(moment: Tensor) -> Tensor:
         for side, by in turns.items():
-            moment = (
-                by.mT.to(moment.dtype) @ moment if side == "left" else moment @ by.to(moment.dtype)
-            )
+            by = by.to(moment.dtype)
+            moment = matmul(by.mT, moment) if side == "left" else matmul(moment, by)
         return moment
 
     return turn

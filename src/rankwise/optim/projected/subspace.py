@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rankwise.linalg import working_dtype
+from rankwise.onednn import matmul
 
 # Adds up, over the workers that hold parts of the rows of G, what each one computed.
 Total = Callable[[Tensor], Tensor]
@@ -48,7 +49,7 @@ def power_step(gradient: Tensor, basis: Tensor, *, steps: int = 1, total: Total 
     g = gradient.to(working_dtype(gradient.dtype))
     q = basis.to(g.dtype)
     for _ in range(steps):
-        q = orthonormal(total(g.mT @ (g @ q)))
+        q = orthonormal(total(matmul(g.mT, matmul(g, q))))
     return q
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rankwise.errors import LifeCycleError
 from rankwise.linalg import working_dtype
+from rankwise.onednn import add_product_, matmul
 from rankwise.optim.projected.gradient import LowRankGrad
 from rankwise.optim.projected.matrix import ProjectedMatrix
 from rankwise.optim.projected.subspace import Total, alone, orthonormal
@@ -189,14 +190,15 @@ class ErrorFeedback:
         side, past = matrix.sides[0], engine.first_moment(matrix)
         wide = total if total.dtype in (torch.float32, torch.float64) else total.float()
         facing, basis = matrix.facing(side, wide), matrix.basis(side)
-        factor = facing @ basis
+        factor = matmul(facing, basis)
         # A copy: replacing the basis turns the optimizer's own moments.
         moment = None if past is None else matrix.facing(side, past.clone())
         if moment is not None:
             factor.mul_(1 - self.rho).add_(moment, alpha=self.rho)
-        power = facing.mT @ factor
+        power = matmul(facing.mT, factor)
         if moment is not None:
-            power.mul_(1 - self.rho).addmm_(basis, moment.mT @ factor, alpha=self.rho)
+            past = matmul(moment.mT, factor)
+            add_product_(power, basis, past, beta=1 - self.rho, alpha=self.rho)
         new = orthonormal(engine.total(matrix)(power))
         kept = engine.replace_basis(matrix, {side: new})
         held.small.copy_(matrix.project(total))
@@ -204,7 +206,8 @@ class ErrorFeedback:
         beta = float(engine.options(matrix).get("betas", (0.0,))[0])
         if kept and moment is not None and beta > 0:
             new = matrix.basis(side)
-            lost = moment @ basis.mT - (moment @ (basis.mT @ new)) @ new.mT
+            lost = matmul(moment, basis.mT)
+            add_product_(lost, matmul(moment, matmul(basis.mT, new)), new.mT, alpha=-1.0)
             total.add_(matrix.facing(side, lost).to(total.dtype), alpha=beta / (1 - beta))
 
     def apply(self, step: Step) -> None:
@@ -238,8 +241,8 @@ class OrthonormalUpdate:
         facing = matrix.facing(side, total.to(working_dtype(total.dtype)))
         factor = matrix.memory.get("factor")
         if factor is None:
-            factor = facing @ matrix.basis(side)
-        new = orthonormal(engine.total(matrix)(facing.mT @ factor.to(facing.dtype)))
+            factor = matmul(facing, matrix.basis(side))
+        new = orthonormal(engine.total(matrix)(matmul(facing.mT, factor.to(facing.dtype))))
         engine.replace_basis(matrix, {side: new})
         small = matrix.project(total)
         matrix.lift_into(total, small, -(1 - self.mu))
