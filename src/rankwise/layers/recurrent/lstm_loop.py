@@ -7,8 +7,8 @@
 What makes it fast on a CPU, where an LSTM is a chain of products of few rows:
  1. Products by oneDNN with weights reordered once for all steps: see `products`.
  2. tanh(x) = 2 s(2x) - 1: ATen's tanh costs about nine sigmoids there. The factor 2 is folded into
-    the rows of g in the copies of U and b that each call makes; the cell state is kept as 2 c, the
-    hidden state inside a step as h / 2 (powers of two: exact): one sigmoid for four gates.
+    the rows of g in the copies of U and b that each call makes; the cell state is kept as 2 c
+    (exact): one sigmoid for four gates. h = o (2 s(2c) - 1) is one operation as -h = o - 2 o s(2c).
  3. Chunks of time: the 4 H wide product of the inputs is made just before its steps.
  4. Backward, chunk by chunk: all pointwise factors at once, then a loop that carries dh and dc
     alone through two thin products, then the weights' gradients of the chunk, each as one product.
@@ -113,7 +113,7 @@ def _loop(
     uh: Tensor,
     bias: Tensor,
     v: Tensor,
-    z: Tensor,
+    z0: Tensor,
     c0: Tensor,
     kept: tuple[Tensor, Tensor, Tensor, Tensor],
     reverse: bool,
@@ -124,18 +124,21 @@ def _loop(
     (steps, batch, hidden), (width_x, width) = output.shape, (zx.shape[2], len(v))
     length, ranges = chunks(steps, batch, backwards=reverse)
     step = products.Steps(zx, ux, uh, bias, G, length * batch, width)
-    to_codes = products.product(v * 2, batch)
+    encode = products.into(-v, batch)
     if step.joined and not len(codes):
         codes = zx.new_empty(steps, batch, width_x + width)
-    both, of_h = codes.unbind(0), codes[..., width_x:].unbind(0)
-    if both:
+    if len(codes):
         codes[..., :width_x] = zx
+    # The codes of h that each step reads: the product with V writes them where they are kept.
+    both, z = codes.unbind(0), codes[..., width_x:].unbind(0) or (torch.empty_like(z0),) * steps
+    z[steps - 1 if reverse else 0].copy_(z0)
     tanh, last, final = torch.empty_like(c0), torch.empty_like(c0), ends(batch_sizes)
     # A whole tensor: a number would be made into one at each step, 1 us each.
     buffer, half = c0.new_empty(batch, G * hidden), torch.full_like(c0, 0.5)
     cell = torch.mul(c0, 2, out=cells[steps if reverse else 0] if len(cells) else None)
     c = (cells[:-1] if reverse else cells[1:]).unbind(0) if len(cells) else (cell,) * steps
-    h, mul, sigmoid = output.unbind(0), torch.mul, torch.sigmoid
+    h, mul, sigmoid, addcmul = output.unbind(0), torch.mul, torch.sigmoid, torch.addcmul
+    before: Tensor | None = None
     for start, end in ranges:
         x = step.begin(zx[start:end])
         gates = slab[start:end].unbind(0) if len(slab) else (buffer,) * (end - start)
@@ -143,16 +146,15 @@ def _loop(
         i, f, g, o = (p.unbind(0) if len(slab) else (p,) * (end - start) for p in parts)
         for t in range(end - 1, start - 1, -1) if reverse else range(start, end):
             k = t - start
-            if both:
-                of_h[t].copy_(z)
-            sigmoid(step.both(both[t]) if step.joined else step.from_h(z, x[k]), out=gates[k])
+            if before is not None:
+                encode(before, z[t])
+            sigmoid(step.both(both[t]) if step.joined else step.from_h(z[t], x[k]), out=gates[k])
             g[k].sub_(half)  # tanh / 2
             cell = mul(f[k], cell, out=c[t]).addcmul_(i[k], g[k], value=4)
-            mul(o[k], sigmoid(cell, out=tanh).sub_(half), out=h[t])  # h / 2
-            z = to_codes(h[t])
+            before = addcmul(o[k], o[k], sigmoid(cell, out=tanh), value=-2, out=h[t])  # -h
             if final and (ended := final[t]):
                 last[slice(*ended)] = cell[slice(*ended)]
-    output.mul_(2)
+    output.neg_()
     return (last if final else cell) / 2
 
 
@@ -217,7 +219,7 @@ class _Backward:
         self.factors = state(self.length, batch, G * hidden)
         self.d_cell_d_hidden = state(self.length, batch, hidden)
         self.half = v.new_empty(self.factors.shape) if self.mixed else self.factors
-        self.dz = v.new_empty(self.length, batch, width)
+        self.dz = v.new_empty(0)
         self.totals: list[Tensor] = []
 
     def run(
@@ -302,7 +304,8 @@ class _Backward:
             d_output[start:end].unbind(0),
         )
         of_cell = factors[..., : 3 * hidden].unflatten(2, (3, hidden)).unbind(0)
-        of_o, dz, each_dc = factors[..., 3 * hidden :].unbind(0), self.dz.unbind(0), dc.unsqueeze(1)
+        of_o, each_dc = factors[..., 3 * hidden :].unbind(0), dc.unsqueeze(1)
+        dz: list[Any] = [None] * (end - start)
         back_to_h, back_to_z = self.back_to_h, self.back_to_z
         for t in range(start, end) if self.reverse else range(end - 1, start - 1, -1):
             k = t - start
@@ -315,8 +318,8 @@ class _Backward:
             dc.mul_(forget[k])
             if self.mixed:
                 half[k].copy_(whole[k])
-            z = back_to_z(half[k])
-            dz[k].copy_(z)
+            z = dz[k] = back_to_z(half[k])
+        self.dz = torch.stack(dz)
         assert z is not None
         return z
 
@@ -330,7 +333,7 @@ class _Backward:
             each = zip(codes.split((self.zx.shape[2], len(self.v)), 1), self.ranks, strict=True)
             of_u = torch.cat([products.outer(of, slab, G, rank) for of, rank in each])
         # Step t's codes are V h of the step before it; the first step's are z0, no product of V.
-        dz, last = self.dz[:count], len(self.output)
+        dz, last = self.dz, len(self.output)
         if self.reverse:
             end = min(end, last - 1)
             dz, before = dz[: end - start], self.output[start + 1 : end + 1]

@@ -37,6 +37,15 @@ def product(weight: Tensor, rows: int, bias: Tensor | None = None) -> Product:
     return lambda x: torch.addmm(bias, x, turned)
 
 
+def into(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """x (rows, K), y (rows, N) -> y, which becomes x W^T; for many x."""
+    if by_onednn(weight, rows):
+        times = product(weight, rows)  # it allocates its results
+        return lambda x, y: y.copy_(times(x))
+    turned = weight.t()
+    return lambda x, y: torch.mm(x, turned, out=y)
+
+
 def added(weight: Tensor, gates: int, rows: int, width: int, *, mixed: bool = False) -> Sum:
     """codes (rows, R) or (rows, G R), y (rows, G H) -> codes U^T + y, as `of_gates`.
 
