@@ -5,9 +5,10 @@
 
 One layer in one direction, as many inputs as hidden units, float32. A training step is forward and
 backward with gradients of all weights and of the input; inference is a forward without gradients.
-All sides take turns; the table gives medians, and nn.LSTM's time over each side's. The limit is the
-ratio of multiplications, 8 H / 10 R for the LSTM and 6 H / 8 R for the GRU. One thread is timed by
-the process's own time, more by the wall clock. A record is one line of JSON for each row, appended.
+All sides take turns, first in training, then in inference; the table gives medians, and nn.LSTM's
+time over each side's. The limit is the ratio of multiplications, 8 H / 10 R for the LSTM and
+6 H / 8 R for the GRU. One thread is timed by the process's own time, more by the wall clock. A
+record is one line of JSON for each row, appended.
 
 `--memory` measures, each in a process of its own, what a training step saves for backward and by
 how much it raises the peak of the resident memory.
@@ -16,6 +17,7 @@ how much it raises the peak of the resident memory.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -155,7 +157,7 @@ PHASES: dict[str, Callable[[Any, Tensor, Tensor], None]] = {"training": train, "
 
 
 def measure(case: Case, divisor: int, options: argparse.Namespace) -> Row:
-    """All sides in turns, a step each; the first two rounds warm up."""
+    """All sides in turns, a step each, then inference; the first two rounds of each warm up."""
     torch.set_num_threads(options.threads)
     rank, x = case.hidden // divisor, inputs(case)
     layers = {name: side(name, case, rank) for name in options.sides}
@@ -164,13 +166,13 @@ def measure(case: Case, divisor: int, options: argparse.Namespace) -> Row:
     kind = options.clock or ("cpu" if options.threads == 1 else "wall")
     clock = CLOCKS[kind]
     times: dict[str, dict[str, list[float]]] = {p: {n: [] for n in layers} for p in PHASES}
-    for turn in range(-2, options.repeats):
-        for phase, run in PHASES.items():
-            for name in list(layers) if turn % 2 else list(layers)[::-1]:
-                start = clock()
-                run(layers[name], x, gradient)
-                if turn >= 0:
-                    times[phase][name].append(1e3 * (clock() - start))
+    # Apart: what inference keeps between calls is let go in training.
+    for (phase, run), turn in itertools.product(PHASES.items(), range(-2, options.repeats)):
+        for name in list(layers) if turn % 2 else list(layers)[::-1]:
+            start = clock()
+            run(layers[name], x, gradient)
+            if turn >= 0:
+                times[phase][name].append(1e3 * (clock() - start))
     return Row(
         layer=case.name,
         batch=case.batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 
 from rankwise.errors import OptionError
 from rankwise.layers import LowRankGRU, LowRankLSTM
-from rankwise.layers.recurrent import ways
+from rankwise.layers.recurrent import matrices, ways
 from rankwise.layers.recurrent.matrices import read
 from rankwise.layers.recurrent.sequences import Layout
 
@@ -114,21 +115,74 @@ def test_the_loop_is_left_where_it_loses(monkeypatch: pytest.MonkeyPatch) -> Non
     """By figures of docs/studies/recurrent.md; many threads make torch's kernel the better one."""
 
     def loses(kind: Any, hidden: int, rank: int, batch: int, steps: int, **options: Any) -> bool:
-        layer = kind(4, hidden, rank=(None, rank), device="meta", **options)
-        matrices = [read(getattr(layer, name), layer.gates) for name in layer.matrices]
-        return ways.loop_loses(torch.empty(steps, batch, 4), matrices, Layout())
+        layer = kind(4, hidden, rank=(None, rank), **{"device": "meta", **options})
+        read_ones = [read(getattr(layer, name), layer.gates) for name in layer.matrices]
+        return ways.loop_loses(torch.empty(steps, batch, 4), read_ones, Layout())
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert loses(LowRankLSTM, 256, 128, 20, 80)
-    assert not loses(LowRankLSTM, 256, 32, 20, 80)
+    assert not loses(LowRankLSTM, 256, 64, 20, 80)
     assert not loses(LowRankLSTM, 650, 325, 20, 35)
     # One sequence: forming W costs more than all steps.
     assert not loses(LowRankLSTM, 1024, 256, 1, 64)
     assert not loses(LowRankGRU, 256, 128, 20, 80)
     assert not loses(LowRankLSTM, 256, 60, 20, 80, proj_size=64)
+    with torch.no_grad():  # W is formed once
+        assert loses(LowRankLSTM, 256, 64, 20, 80, device="cpu")
+        assert loses(LowRankLSTM, 256, 64, 20, 1, device="cpu")
+        assert not loses(LowRankLSTM, 256, 32, 20, 80, device="cpu")
+        assert not loses(LowRankLSTM, 1024, 256, 1, 1, device="cpu")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert loses(LowRankLSTM, 256, 64, 20, 80)
     assert not loses(LowRankLSTM, 650, 162, 20, 35)
+
+
+def test_inference_forms_a_product_once_while_its_factors_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, x = lstm(1, 4), noise(T, B, I)
+    layer.way, formed = "product", []
+    form = matrices.form
+    monkeypatch.setattr(matrices, "form", lambda u, v: formed.append(1) or form(u, v))
+
+    def calls() -> int:
+        """How often W is formed in two calls, which give what a new layer of these weights does."""
+        count = len(formed)
+        with torch.no_grad():
+            found = layer(x)[0], layer(x)[0]
+        count = len(formed) - count
+        copied = copy.deepcopy(layer)
+        copied.way = "loop"
+        for y in found:
+            assert_close(y, copied(x)[0].detach(), rtol=1e-9, atol=1e-11)
+        return count
+
+    u, v = layer.hh_l0.u.weight, layer.hh_l0.v.weight
+    assert calls() == 1
+    assert calls() == 0
+    for write in (
+        lambda: u.data.mul_(2),
+        lambda: u.data.neg_(),
+        lambda: v.data.copy_(v.data.flip(1)),  # the same numbers elsewhere
+        lambda: u.data.copy_(u.data.roll(H, 0)),
+        lambda: v.detach().add_(1),
+        lambda: setattr(layer.hh_l0.u, "weight", torch.nn.Parameter(u.detach() + 1)),
+        lambda: layer.load_state_dict(lstm(1, 4).state_dict()),
+    ):
+        write()
+        assert calls() == 1
+        assert calls() == 0
+    layer.hh_l0.u.bias.data.add_(1)  # no factor
+    assert calls() == 0
+    layer(x)  # with gradients: W is let go
+    assert calls() == 1
+    with torch.inference_mode():
+        inside = lstm(1, 4)  # its parameters have no version
+        inside.way = "product"
+        inside(x)
+        count = len(formed)
+        inside(x)
+    assert len(formed) == count + 1
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -141,14 +195,14 @@ def test_measured_once_for_each_shape(grad: bool, monkeypatch: pytest.MonkeyPatc
         runs.append((way, x.requires_grad))
         return (x * 2,)
 
-    matrices: list[Any] = []
+    nothing: list[Any] = []
     with torch.set_grad_enabled(grad):
-        first = ways.measure(("loop", "product"), noise(T, B, I), matrices, run)
+        first = ways.measure(("loop", "product"), noise(T, B, I), nothing, run)
         assert runs[0] == ("loop", grad)
         count = len(runs)
-        assert ways.measure(("loop", "product"), noise(T, B, I), matrices, run) == first
+        assert ways.measure(("loop", "product"), noise(T, B, I), nothing, run) == first
         assert len(runs) == count
-        ways.measure(("loop", "product"), noise(T, B + 1, I), matrices, run)
+        ways.measure(("loop", "product"), noise(T, B + 1, I), nothing, run)
     assert set(first) == {"loop", "product"}
     assert min(first.values()) > 0
     assert len(runs) == 2 * count

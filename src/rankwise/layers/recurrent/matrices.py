@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from rankwise.errors import FactorizeError
 from rankwise.layers.adapted import AdaptedLayer
 from rankwise.layers.linear import LowRankLinear
-from rankwise.layers.recurrent.products import encode
+from rankwise.layers.recurrent.kept import can_keep, kept
+from rankwise.layers.recurrent.products import encode, form
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +31,14 @@ class Matrix:
         v: (R, N), or (G R, N) where each gate has R codes of its own; None: dense.
         bias: (G H) or None.
         gates: G.
+        owner: the layer whose parameters the factors are; None: they are of no use to a later call.
     """
 
     u: Tensor
     v: Tensor | None
     bias: Tensor | None
     gates: int
+    owner: LowRankLinear | None = None
 
     @property
     def apart(self) -> bool:
@@ -52,8 +55,23 @@ class Matrix:
         """W, formed if need be; differentiable."""
         if self.v is None:
             return self.u
+        if self.owner is None:
+            return self._form()
+        return kept(self.owner, self._factors(), self._form)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the product need not be formed at each call."""
+        return self.owner is not None and can_keep(self._factors())
+
+    def _factors(self) -> list[Tensor]:
+        assert self.owner is not None
+        return [getattr(self.owner, part).weight for part in self.owner.parts]
+
+    def _form(self) -> Tensor:
+        assert self.v is not None
         if not self.apart:
-            return self.u @ self.v
+            return form(self.u, self.v)
         u, v = (factor.unflatten(0, (self.gates, -1)) for factor in (self.u, self.v))
         return torch.bmm(u, v).flatten(0, 1)
 
@@ -102,11 +120,11 @@ def read(child: Any, gates: int, name: str = "") -> Matrix:
         u = u @ child.to_factor("core", child.core.weight)
     v = child.v.weight
     if child.blocks == 1:
-        return Matrix(u, v, bias, gates)
+        return Matrix(u, v, bias, gates, child)
     if child.blocks != gates:  # gates in groups with codes of their own: give each gate a copy
         v = v.unflatten(0, (child.blocks, -1)).repeat_interleave(gates // child.blocks, 0)
         v = v.flatten(0, 1)
-    return Matrix(u.flatten(0, 1), v, bias, gates)
+    return Matrix(u.flatten(0, 1), v, bias, gates, child)
 
 
 def bias_of(ih: Matrix, hh: Matrix) -> Tensor:

@@ -95,6 +95,13 @@ def encode(x: Tensor, v: Tensor) -> Tensor:
     return _rows_times(x.reshape(-1, x.shape[-1]), v).unflatten(0, x.shape[:-1])
 
 
+def form(u: Tensor, v: Tensor) -> Tensor:
+    """W = U V (M, N), formed for one call; differentiable."""
+    if not by_onednn(v, len(u)) or operand_dtype(u) != v.dtype or u.dtype != v.dtype:
+        return u @ v
+    return _rows_times(u, v.t())
+
+
 def of_gates(weight: Tensor, gates: int, rows: int, width: int, bias: Tensor | None) -> Product:
     """x's codes -> x W^T + b; (rows, R) shared by all gates or (rows, G R), R for each gate.
 

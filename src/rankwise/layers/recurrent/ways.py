@@ -1,10 +1,11 @@
 """The ways a layer with a low-rank recurrence can be run, and which of them is taken.
 
 `loop`: our loop over time on the factors. `product`: torch's kernel on W_hh = U V, formed at each
-call, its inputs being codes. `projected`: torch's LSTM with a projection, which is the same
-function: h enters the next step through V h alone, so V stands for the projection and U for the
-recurrent matrix. With the next layer's V below (and zeros in U) it hands on that layer's codes;
-h itself it does not give, so it serves layers whose hidden states only such a layer reads.
+call with gradients and else once (`kept`); its inputs are codes. `projected`: torch's LSTM with a
+projection, which is the same function: h enters the next step through V h alone, so V stands for
+the projection and U for the recurrent matrix. With the next layer's V below (and zeros in U) it
+hands on that layer's codes; h itself it does not give, so it serves layers whose hidden states only
+such a layer reads.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from rankwise.layers.recurrent.matrices import Encoded, Matrix
 from rankwise.layers.recurrent.sequences import Layout
 
 WAYS = ("auto", "loop", "product", "projected")
-# What the calls of one step cost, in multiplications and additions: AMD EPYC, where 256 units at
-# rank 64 and batch 20 are as fast in a loop as by the product (docs/studies/recurrent.md).
-CALLS = 7e6
+# In multiplications and additions, as measured on an AMD EPYC (docs/studies/recurrent.md):
+CALLS = 7.5e6  # what the calls of one step cost, more than one call of torch's kernel for all
+PACKING = 30  # what it costs to copy and reorder one number of the factors, at each call
+FEW = 16  # fewer rows take as long as so many: reading the weights is all the work
 _THREADS = torch.get_num_threads()  # as torch.compile cannot ask for it
 _REPEATS = 3
 _measured: dict[tuple[Any, ...], dict[str, float]] = {}
@@ -94,19 +96,21 @@ def loop_loses(x: Tensor, matrices: Sequence[Matrix], layout: Layout) -> bool:
     """Whether torch's kernel on the product is expected to be faster on a CPU.
 
     A rule and no measurement, so that a resumed run takes the same way. The loop saves the
-    difference of the recurrent products and the forming of W, and pays for the calls of each step;
-    threads make the kernel's one call faster, but not those. torch's GRU, its projections and its
-    packed sequences have no such kernel there.
+    difference of the recurrent products and the forming of W, which inference does once for many
+    calls, and pays for the calls of each step and for copies of the factors; threads make the
+    kernel's one call faster, but not the loop's. torch's GRU, its projections and its packed
+    sequences have no such kernel there.
     """
     hh = matrices[1]
     if hh.v is None or hh.gates == 3 or len(matrices) > 2 or layout.packed is not None:
         return False
     (steps, batch), hidden = x.shape[:2], hh.v.shape[1]
-    rows = hh.gates * hidden
-    saved = 2 * batch * (rows * hidden - hh.u.numel() - hh.v.numel())
-    forming = 2 * hh.u.numel() * hidden
+    factors = hh.u.numel() + hh.v.numel()
+    saved = 2 * max(batch, FEW) * (hh.gates * hidden * hidden - factors)
+    forming = 0 if hh.is_kept else 4 * hh.u.numel() * hidden
     threads = _THREADS if torch.compiler.is_compiling() else torch.get_num_threads()
-    return steps * saved + 2 * forming < steps * CALLS * threads**1.5
+    packing = PACKING * (factors + matrices[0].u.numel())
+    return steps * saved + forming < steps * CALLS * threads**1.5 + packing
 
 
 def measure(
