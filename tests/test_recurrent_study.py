@@ -69,7 +69,9 @@ def test_the_best_rate_is_that_of_the_validation_part(study, tmp_path):
         record.runs["dense", lr, seed] = {"row": "dense", "lr": lr, "seed": seed, **run}
     assert record.best("dense") == 2
     assert [run["test_loss"] for run in record.chosen("dense")] == [8.0, 7.0]
-    assert record.best("Pufferfish") == 2  # begins as the dense row does
+    record.runs["Pufferfish", 8, 0] = run = {"validation_loss": 4.0}
+    assert record.chosen("Pufferfish") == [run]
+    assert record.best("Pufferfish, gate by gate") == 8
     assert record.best("low-rank from the start") is None
     assert study.grid(record, "dense") == "1: 2.0000  2: 1.0000  4: 3.0000"
     assert study.edge(record, "dense") is None
@@ -77,4 +79,5 @@ def test_the_best_rate_is_that_of_the_validation_part(study, tmp_path):
     assert study.edge(record, "dense") == 1
     record.runs["dense", 1, 0] = {"validation_loss": 2.0}
     assert list(study.plan(record, "dense", (1, 4), (0, 1))) == [(1, 0), (4, 0), (2, 0), (2, 1)]
-    assert list(study.plan(record, "Cuttlefish", (1, 4), (0, 1))) == [(2, 0), (2, 1)]
+    apart = study.plan(record, "Pufferfish, gate by gate", (1, 4), (0, 1))
+    assert list(apart) == [(8, 0), (8, 1)]

@@ -135,6 +135,10 @@ def test_the_loop_is_left_where_it_loses(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert loses(LowRankLSTM, 256, 64, 20, 80)
     assert not loses(LowRankLSTM, 650, 162, 20, 35)
+    assert not loses(LowRankLSTM, 650, 325, 20, 35)
+    with torch.no_grad():
+        assert loses(LowRankLSTM, 650, 325, 20, 35, device="cpu")
+        assert not loses(LowRankLSTM, 650, 162, 20, 35, device="cpu")
 
 
 def test_inference_forms_a_product_once_while_its_factors_stay(

@@ -306,7 +306,7 @@ class _Backward:
         parts = (
             products.outer(zx, of_x, G, self.ranks[0]),
             products.outer(q, of_h, G, self.ranks[1]),
-            self.factors[:count].sum((0, 1)),
+            products.column_sums(self.factors[:count].flatten(0, 1)),
             products.multiply(dq, before.flatten(0, 1).t()),
         )
         if not self.totals:

@@ -340,7 +340,7 @@ class _Backward:
         else:
             dz, before = dz[int(start == 0) :], self.output[max(start - 1, 0) : end - 1]
         of_v = products.multiply(dz.flatten(0, 1).t(), before.flatten(0, 1).t())
-        parts = (of_u, self.factors[:count].sum((0, 1)), of_v)
+        parts = (of_u, products.column_sums(self.factors[:count].flatten(0, 1)), of_v)
         if not self.totals:
             self.totals = [part.to(self.cells.dtype) for part in parts]
             return
