@@ -36,7 +36,7 @@ from rankwise.training.task import loss_of
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, BATCH, CONTEXT, EPOCHS = "lstm-char", 16, 64, 1
-SEEDS, RATES = (0, 1, 2), (4e-3, 8e-3, 1.6e-2)
+SEEDS, RATES = (0, 1, 2), (8e-3, 1.6e-2, 3.2e-2)
 RATIO = 0.25
 # The paper warms its LSTM up for 10 of 40 epochs and halves the rate at the switch (2103.03936).
 WARMUP = {"warmup_epochs": EPOCHS / 4, "lr_factor": 0.5}

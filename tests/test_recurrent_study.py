@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rankwise import models
+from rankwise.models import networks
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -21,7 +22,7 @@ def study(monkeypatch, tmp_path) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found: Any = importlib.import_module("recurrent_study")
-    entry = models.networks._recurrent("for tests", tokens=8, width=24, hidden=32, layers=2)
+    entry = networks._recurrent("for tests", tokens=8, width=24, hidden=32, layers=2)
     monkeypatch.setitem(models.MODELS, "lstm-test", entry)
     for name, value in {"MODEL": "lstm-test", "CONTEXT": 8, "BATCH": 8}.items():
         monkeypatch.setattr(found, name, value)

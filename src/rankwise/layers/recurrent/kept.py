@@ -17,7 +17,8 @@ def can_keep(factors: Sequence[Any]) -> bool:
 
     On another device comparing the factors with those of before would wait for it.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if torch.is_grad_enabled() or tracing:
         return False
     return all(
         type(p) is nn.Parameter and p.device.type == "cpu" and not p.is_inference() for p in factors
