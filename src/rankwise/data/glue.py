@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankwise.data import hub
 from rankwise.errors import DataError, OptionError, unknown
 
 HUB = "nyu-mll/glue"
-INSTALL = "pip install 'rankwise[datasets]'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,21 +168,8 @@ def load_glue(name: str, folder: str | Path | None = None) -> GlueData:
 
 
 def _from_hub(name: str, task: GlueTask) -> dict[str, GlueSplit]:
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise DataError(
-            f"{name} is read from the Hub ({HUB}) by the package datasets, which is missing: "
-            f"{INSTALL}; or give the folder of its train.tsv and dev.tsv (--data DIR)"
-        ) from error
-    try:
-        # The data are Parquet files; no code of theirs is run.
-        loaded: Any = datasets.load_dataset(HUB, name)
-    except Exception as error:  # of network, cache and Parquet, each from a package of its own
-        raise DataError(
-            f"{name} cannot be read from {HUB} ({' '.join(str(error).split())[:200]}); where there "
-            "is no network, give the folder of its train.tsv and dev.tsv (--data DIR)"
-        ) from error
+    instead = "give the folder of its train.tsv and dev.tsv (--data DIR)"
+    loaded = hub.load(name, HUB, name, instead=instead)
     return {part: _split_of(loaded[part], task) for part in ("train", *task.validation)}
 
 

@@ -6,13 +6,12 @@ Read from the Hugging Face Hub through the package datasets, or from a folder of
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from rankwise.data import hub
 from rankwise.errors import DataError
 
 NAME = "wikitext-2"
 HUB = "Salesforce/wikitext"
-INSTALL = "pip install 'rankwise[datasets]'"
 PARTS = {"train": "train", "validation": "valid", "test": "test"}  # the Hub's names, the files'
 
 
@@ -43,20 +42,7 @@ def _from_folder(folder: Path, words: bool) -> list[bytes]:
 
 
 def _from_hub(words: bool) -> list[bytes]:
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise DataError(
-            f"{NAME} is read from the Hub ({HUB}) by the package datasets, which is missing: "
-            f"{INSTALL}; or give the folder of its files: {NAME}:PATH"
-        ) from error
-    try:
-        # The data are Parquet files; no code of theirs is run.
-        loaded: Any = datasets.load_dataset(HUB, f"{NAME}-v1" if words else f"{NAME}-raw-v1")
-    except Exception as error:  # of network, cache and Parquet, each from a package of its own
-        raise DataError(
-            f"{NAME} cannot be read from {HUB} ({' '.join(str(error).split())[:200]}); where there "
-            f"is no network, give the folder of its files: {NAME}:PATH"
-        ) from error
+    form = f"{NAME}-v1" if words else f"{NAME}-raw-v1"
+    loaded = hub.load(NAME, HUB, form, instead=f"give the folder of its files: {NAME}:PATH")
     # A row is a line with its end, but of an empty line nothing is left.
     return ["".join(row or "\n" for row in loaded[part]["text"]).encode() for part in PARTS]

@@ -1,0 +1,141 @@
+"""Data sets of the Hugging Face Hub, through the package datasets; no code of theirs is run."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from rankwise.data.arrays import Part, assemble, checksum_of
+from rankwise.data.decode import decode, pillow
+from rankwise.data.splits import Splits
+from rankwise.errors import DataError
+
+INSTALL = "pip install 'rankwise[datasets]'"
+
+
+def available() -> bool:
+    """Whether the package datasets is installed; it is not imported."""
+    if "datasets" in sys.modules:
+        return sys.modules["datasets"] is not None
+    return importlib.util.find_spec("datasets") is not None
+
+
+def load(name: str, repository: str, *configuration: str, instead: str) -> Any:
+    """A data set's parts by name.
+
+    Args:
+        name: how messages call it.
+        repository: OWNER/NAME on the Hub.
+        configuration: which of its forms, if there are several.
+        instead: what to do where there is no package or no network, as it follows on "or" and ",".
+
+    Raises:
+        DataError: the package is missing, or the Hub cannot be reached.
+    """
+    datasets = _package(name, repository, instead)
+    try:
+        # The data are Parquet files; no code of theirs is run.
+        return datasets.load_dataset(repository, *configuration)
+    except Exception as error:  # of network, cache and Parquet, each from a package of its own
+        raise DataError(
+            f"{name} cannot be read from {repository} ({' '.join(str(error).split())[:200]}); "
+            f"where there is no network, {instead}"
+        ) from error
+
+
+def _package(name: str, repository: str, instead: str) -> ModuleType:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise DataError(
+            f"{name} is read from the Hub ({repository}) by the package datasets, which is "
+            f"missing: {INSTALL}; or {instead}"
+        ) from error
+    return datasets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """A set of images on the Hub.
+
+    Attributes:
+        repository: OWNER/NAME.
+        configuration: which form, if there are several.
+        image: column of the encoded images.
+        label: column of the classes.
+        parts: names of training part and test part.
+        channels: 1 for grey, 3 for colour.
+    """
+
+    repository: str
+    configuration: tuple[str, ...] = ()
+    image: str = "image"
+    label: str = "label"
+    parts: tuple[str, str] = ("train", "test")
+    channels: int = 3
+
+
+IMAGES: Mapping[str, Images] = {
+    "mnist": Images(repository="ylecun/mnist", channels=1),
+    "fashion-mnist": Images(repository="zalando-datasets/fashion_mnist", channels=1),
+    "cifar-10": Images(repository="uoft-cs/cifar10", image="img"),
+    "cifar-100": Images(repository="uoft-cs/cifar100", image="img", label="fine_label"),
+    "svhn": Images(repository="ufldl-stanford/svhn", configuration=("cropped_digits",)),
+    "tiny-imagenet": Images(repository="zh-plus/tiny-imagenet", parts=("train", "valid")),
+}
+
+
+def load_images(
+    name: str,
+    classes: tuple[str, ...],
+    *,
+    size: int,
+    fraction: float,
+    instead: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Splits:
+    """A set of `IMAGES`, decoded into memory; the validation part is cut from the training part.
+
+    Args:
+        name: a key of `IMAGES`.
+        classes: meaning of the labels.
+        size: side of the images in pixels.
+        fraction: of each training class that validates.
+        instead: as of `load`.
+        progress: called with (images read, images in all).
+
+    Raises:
+        DataError: a package is missing, the Hub cannot be reached, or an image is damaged.
+    """
+    pillow()
+    entry = IMAGES[name]
+    found = load(name, entry.repository, *entry.configuration, instead=instead)
+    datasets = _package(name, entry.repository, instead)
+    # Bytes instead of images: decoded here, as all others are.
+    encoded = datasets.Image(decode=False)
+    rows = [found[part].cast_column(entry.image, encoded) for part in entry.parts]
+    total, done = sum(len(part) for part in rows), 0
+    parts: list[Part] = []
+    for part, called in zip(rows, entry.parts, strict=True):
+        labels = np.asarray(part[entry.label], np.int64)
+        images = np.empty((len(part), size, size, entry.channels), np.uint8)
+        for index, content in enumerate(_contents(part, entry.image)):
+            place = f"{entry.repository}, {called}, image {index}"
+            images[index] = decode(content, place, channels=entry.channels, size=size)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        parts.append((images, labels))
+    contents = [array for part in parts for array in part]
+    return assemble(name, classes, parts, checksum=checksum_of(contents), fraction=fraction)
+
+
+def _contents(part: Any, column: str) -> Iterator[bytes]:
+    for row in part:
+        yield row[column]["bytes"]
