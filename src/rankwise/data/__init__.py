@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from rankwise.data import cifar
-from rankwise.data.cifar import load_cifar
-from rankwise.data.folder import load_folder
-from rankwise.data.idx import PUBLISHED, load_idx
+from rankwise.data import cifar, folder, idx, imagenet
+from rankwise.data.augment import AUGMENTS
+from rankwise.data.cifar import find_cifar
+from rankwise.data.folder import Files, find_folder
+from rankwise.data.idx import load_idx
+from rankwise.data.imagenet import find_imagenet
 from rankwise.data.limited import Limited
 from rankwise.data.mnist import load_mnist
-from rankwise.data.splits import DataSet, Examples, Split, Splits, batches, steps_per_epoch
+from rankwise.data.pathmnist import load_pathmnist
+from rankwise.data.splits import DataSet, Examples, Split, Splits, batches, read, steps_per_epoch
+from rankwise.data.stream import Streamed, StreamedSplits, stream
+from rankwise.data.svhn import load_svhn
 from rankwise.data.text import TextSplit, TextSplits, load_text
 from rankwise.errors import OptionError, unknown
 
 __all__ = [
+    "AUGMENTS",
     "DATA",
     "DataSet",
     "Examples",
@@ -23,12 +29,16 @@ __all__ = [
     "Source",
     "Split",
     "Splits",
+    "Streamed",
+    "StreamedSplits",
     "TextSplit",
     "TextSplits",
     "batches",
+    "images",
     "is_text",
     "load",
     "load_text",
+    "read",
     "steps_per_epoch",
 ]
 
@@ -60,6 +70,22 @@ DATA: dict[str, Source] = {
         "or folders of images (or :PATH); a tenth of each training class validates"
     ),
     "cifar-100": Source(description="CIFAR-100, the same with 100 classes, read alike (or :PATH)"),
+    "svhn": Source(
+        description="SVHN, 99,289 house numbers of 32x32 in colour, from the published .mat files "
+        "(or :PATH); a tenth of each training class validates"
+    ),
+    "tiny-imagenet": Source(
+        description="Tiny-ImageNet, 110,000 images of 64x64 in 200 classes, from its folder or zip "
+        "file (or :PATH); a tenth of training validates, the validation part tests"
+    ),
+    "imagenet": Source(
+        description="ImageNet (ILSVRC 2012) in folders train/CLASS and val/CLASS (or :PATH), 224 "
+        "pixels; a fiftieth of training validates, the validation part tests"
+    ),
+    "pathmnist": Source(
+        description="PathMNIST, 107,180 images of tissue in 9 classes, 28x28 in colour, from "
+        "pathmnist.npz (or :PATH), in its published parts"
+    ),
     "folder:PATH": Source(
         description="any folder of images with one sub-folder a class, with or without train/test, "
         "or a tar or zip archive of it"
@@ -91,29 +117,78 @@ def load(name: str, *, size: int | None = None, progress: Progress | None = None
     """Read images into memory, split and normalised by its training part.
 
     Args:
-        name: a key of `DATA`; for a folder, `folder:` and its path; `fashion-mnist` and `mnist`
-            may name the folder of their files in the same way.
-        size: side in pixels that folder images are brought to; 32 when nothing is said.
-        progress: called with (images read, images in all) while a folder is read.
+        name: a key of `DATA`; for a folder, `folder:` and its path; published sets may name the
+            place of their files in the same way.
+        size: side in pixels that images are brought to; when nothing is said, 32 for a folder, and
+            for others their own.
+        progress: called with (images read, images in all) while image files are read.
 
     Raises:
         OptionError: an unknown name, or a size that the data set cannot have.
         DataError: the data are missing or malformed.
     """
-    kind, _, path = name.partition(":")
+    found = _find(name, size, progress)
+    return folder.read(found, progress) if isinstance(found, Files) else found
+
+
+def images(
+    name: str,
+    *,
+    size: int | None = None,
+    augment: str = "none",
+    streamed: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Splits | StreamedSplits:
+    """Images for training: in memory, or streamed from their files where they do not fit.
+
+    Args:
+        name: as of `load`.
+        size: as of `load`.
+        augment: a key of `AUGMENTS`: how training images are varied.
+        streamed: stream in any case.
+        threads: how many decode streamed images; all cores by default, and at most eight.
+        progress: as of `load`.
+
+    Raises:
+        OptionError: an unknown name, a size that the data set cannot have, or nothing to stream.
+        DataError: the data are missing or malformed.
+    """
+    if augment not in AUGMENTS:
+        raise OptionError(unknown("augment", augment, AUGMENTS))
+    varied = AUGMENTS[augment]
+    found = _find(name, size, progress)
+    if isinstance(found, Files):
+        if streamed or found.needed > folder.LARGEST_SET:
+            return stream(found, threads=threads, augment=varied)
+        found = folder.read(found, progress)
+    elif streamed:
+        raise OptionError(f"{name} is not read from image files, so there is nothing to stream")
+    return replace(found, train=replace(found.train, augment=varied))
+
+
+def _find(name: str, size: int | None, progress: Progress | None) -> Splits | Files:
+    kind, _, _ = name.partition(":")
     if kind == "folder":
-        if not path:
+        if not name.partition(":")[2]:
             raise OptionError(f"data set '{name}' names no folder; write folder:PATH")
-        return load_folder(path, size=32 if size is None else size, progress=progress)
+        return find_folder(_path(name), size=32 if size is None else size)
     if is_text(name):
         raise OptionError(f"data set '{name}' is text, not images; read it with data.load_text")
     if kind in cifar.PUBLISHED:
-        return load_cifar(kind, _path(name), size=32 if size is None else size, progress=progress)
-    if name not in DATA and kind not in PUBLISHED:
+        side = cifar.SIDE if size is None else size
+        return find_cifar(kind, _path(name), size=side, progress=progress)
+    if kind == "svhn":
+        return load_svhn(_path(name), size=32 if size is None else size, progress=progress)
+    if kind in imagenet.PUBLISHED:
+        return find_imagenet(kind, _path(name), size=size, progress=progress)
+    if kind == "pathmnist":
+        return load_pathmnist(_path(name), size=size)
+    if name not in DATA and kind not in idx.PUBLISHED:
         raise OptionError(unknown("data set", name, DATA))
     if size not in (None, 28):
         raise OptionError(f"{name}: size={size}, but its images are 28x28; leave size out")
-    return load_idx(name) if kind in PUBLISHED else load_mnist()
+    return load_idx(name, progress=progress) if kind in idx.PUBLISHED else load_mnist()
 
 
 def _path(name: str) -> str:

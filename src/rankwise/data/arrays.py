@@ -88,9 +88,10 @@ def scaled(images: np.ndarray, size: int | None) -> np.ndarray:
     return made
 
 
-def checksum_of(contents: Iterable[bytes | memoryview]) -> str:
+def checksum_of(contents: Iterable[bytes | np.ndarray]) -> str:
     """First 16 hexadecimal digits of the SHA-256 of some contents, one after the other."""
     digest = hashlib.sha256()
     for content in contents:
-        digest.update(content)
+        held = content if isinstance(content, bytes) else np.ascontiguousarray(content).data
+        digest.update(held)
     return digest.hexdigest()[:16]

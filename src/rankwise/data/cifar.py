@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rankwise.data import folder, places
+from rankwise.data import folder, hub, places
 from rankwise.data.arrays import assemble, check_side, checksum_of
 from rankwise.data.splits import Splits
 from rankwise.data.tree import Tree, open_tree, path_of
@@ -90,16 +90,19 @@ def names(name: str) -> tuple[str, ...]:
     return name, published.binary, published.archive
 
 
-def load_cifar(
+def find_cifar(
     name: str, path: str = "", *, size: int = SIDE, progress: folder.Progress | None = None
-) -> Splits:
-    """Read one of the sets: a tenth of each training class validates, the same one always.
+) -> Splits | folder.Files:
+    """One of the sets: a tenth of each training class validates, the same one always.
 
     Args:
         name: a key of `PUBLISHED`.
-        path: the folder or archive; without one the usual places are looked through.
+        path: the folder or archive; without one the usual places are looked through, then the Hub.
         size: side of the images in pixels.
-        progress: called with (images read, images in all) while image files are read.
+        progress: called with (images read, images in all) while the Hub's images are read.
+
+    Returns:
+        The images; where they are in image files, those, listed.
 
     Raises:
         DataError: files are missing, damaged or those of another set.
@@ -108,12 +111,22 @@ def load_cifar(
     check_side(size)
     place = Path(path).expanduser() if path else places.found(names(name))
     if place is None:
-        raise places.missing(name, names(name), obtain(name))
+        absent = places.missing(name, names(name), obtain(name))
+        if not hub.available():
+            raise absent
+        return hub.load_images(
+            name,
+            published.classes,
+            size=size,
+            fraction=VALIDATION,
+            instead=f"give the folder or archive: {absent}",
+            progress=progress,
+        )
     if place.name == published.archive and place.is_file():
         _check_archive(place, published.md5)
     tree = open_tree(place)
     if {"train", "test"} <= set(tree.folders("")):
-        return _from_images(tree, name, size, progress)
+        return _from_images(tree, name, size)
     wanted = [f"{stem}.bin" for stem in (*published.train, published.test)]
     held = {each.rpartition("/")[2]: each for each, _ in tree.files("")}
     if set(wanted) <= set(held):
@@ -129,7 +142,10 @@ def load_cifar(
 
 def obtain(name: str) -> str:
     """What to do where a set is missing."""
-    return f"download https://www.cs.toronto.edu/~kriz/{PUBLISHED[name].archive}"
+    return (
+        f"download https://www.cs.toronto.edu/~kriz/{PUBLISHED[name].archive}, or install the "
+        f"package that reads the Hub ({hub.INSTALL})"
+    )
 
 
 def _check_archive(place: Path, md5: str) -> None:
@@ -139,7 +155,7 @@ def _check_archive(place: Path, md5: str) -> None:
         raise DataError(f"{place} is damaged: its MD5 is {found}, published is {md5}; get it anew")
 
 
-def _from_images(tree: Tree, name: str, size: int, progress: folder.Progress | None) -> Splits:
+def _from_images(tree: Tree, name: str, size: int) -> folder.Files:
     classes = PUBLISHED[name].classes
     foreign = set(tree.folders("train")) ^ set(classes)
     if foreign:
@@ -148,9 +164,12 @@ def _from_images(tree: Tree, name: str, size: int, progress: folder.Progress | N
             f"of its {len(classes)} classes; '{min(foreign)}' is missing or too many. Other sets "
             f"are read as folder:{tree.place}"
         )
-    files = folder.listing(tree)
-    return folder.read(
-        tree, files, name=name, size=size, progress=progress, fractions=(VALIDATION, 0.0)
+    return folder.Files(
+        tree=tree,
+        listing=folder.listing(tree),
+        name=name,
+        size=size,
+        fractions=(VALIDATION, 0.0),
     )
 
 

@@ -64,9 +64,9 @@ def pillow() -> ModuleType:
     return Image
 
 
-def central(width: int, height: int) -> Box:
-    """The largest square in the middle."""
-    side = min(width, height)
+def central(width: int, height: int, keep: float = 1.0) -> Box:
+    """The square in the middle, as large as fits, or with a share of that side."""
+    side = keep * min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from rankwise.data.arrays import check_side
-from rankwise.data.decode import SUFFIXES, decode, is_grey, pillow
+from rankwise.data.decode import SUFFIXES, central, decode, is_grey, pillow
 from rankwise.data.splits import Splits, normalised, stratified
 from rankwise.data.tree import Tree, open_tree, path_of
 from rankwise.errors import DataError
@@ -42,8 +43,49 @@ class Listing:
     parts: tuple[int, ...]
 
 
-def load_folder(root: str | Path, *, size: int = 32, progress: Progress | None = None) -> Splits:
-    """Read a folder of images into memory.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Files:
+    """Listed image files and how they are read.
+
+    Attributes:
+        tree: where they are.
+        listing: which, and of which class.
+        name: how the records call the set.
+        size: side of the images in pixels.
+        fractions: of each class that validate and test, where the listing has no such parts.
+        keep: share of the shorter side that the central square has.
+    """
+
+    tree: Tree
+    listing: Listing
+    name: str
+    size: int
+    fractions: tuple[float, float] = (0.1, 0.1)
+    keep: float = 1.0
+
+    @cached_property
+    def channels(self) -> int:
+        """1 if some images, evenly spaced, are grey; otherwise 3."""
+        names = self.listing.names
+        chosen = np.linspace(0, len(names) - 1, min(PROBED, len(names))).astype(int)
+        probed = [names[int(index)] for index in chosen]
+        grey = all(is_grey(self.tree.read(name), path_of(self.tree, name)) for name in probed)
+        return 1 if grey else 3
+
+    @property
+    def needed(self) -> int:
+        """Bytes of all images, decoded."""
+        return len(self.listing.names) * self.channels * self.size**2
+
+    def decoded(self, content: bytes, name: str) -> np.ndarray:
+        """The central square of an image: (size, size, channels) uint8."""
+        square = partial(central, keep=self.keep)
+        path = path_of(self.tree, name)
+        return decode(content, path, channels=self.channels, size=self.size, crop=square)
+
+
+def find_folder(root: str | Path, *, size: int = 32) -> Files:
+    """The images of a folder, listed.
 
     Layouts: `train`, `val` and `test` with class folders inside; only `train` and `test`, then
     a tenth of each training class validates; or class folders directly, cut 80/10/10 within each
@@ -58,63 +100,49 @@ def load_folder(root: str | Path, *, size: int = 32, progress: Progress | None =
     Args:
         root: the folder or the archive.
         size: side of the images in pixels, at least 1.
-        progress: called with (images read, images in all) after each image.
 
     Raises:
         OptionError: `size` is below 1.
-        DataError: no such folder, no classes, a class without images, an unreadable or enormous
-            image, more than 4 GiB in all, or Pillow is missing.
+        DataError: no such folder, no classes, a class without images, or Pillow is missing.
     """
     check_side(size)
     pillow()
     tree = open_tree(root)
-    return read(tree, listing(tree), name=f"folder:{tree.place}", size=size, progress=progress)
+    return Files(tree=tree, listing=listing(tree), name=f"folder:{tree.place}", size=size)
 
 
-def read(
-    tree: Tree,
-    files: Listing,
-    *,
-    name: str,
-    size: int,
-    progress: Progress | None = None,
-    fractions: tuple[float, float] = (0.1, 0.1),
-) -> Splits:
+def read(files: Files, progress: Progress | None = None) -> Splits:
     """Decode listed files into memory, cut and normalised.
 
     Args:
-        tree: where they are.
-        files: which, and of which class.
-        name: how the records call the set.
-        size: side of the images in pixels.
+        files: what to read.
         progress: called with (images read, images in all) after each image.
-        fractions: of each class that validate and test, where `files` has no such parts.
 
     Raises:
         DataError: an image cannot be read, or all together are too large.
     """
-    count = len(files.names)
-    channels = 1 if _all_grey(tree, files.names) else 3
-    needed = count * channels * size * size
-    if needed > LARGEST_SET:
+    names, labels = files.listing.names, files.listing.labels
+    if files.needed > LARGEST_SET:
         raise DataError(
-            f"{tree.place}: {count:,} images of {channels}x{size}x{size} take "
-            f"{needed / 2**30:.1f} GiB, and at most {LARGEST_SET / 2**30:.0f} GiB are read into "
-            "memory; choose a smaller size or fewer images"
+            f"{files.tree.place}: {len(names):,} images of "
+            f"{files.channels}x{files.size}x{files.size} take {files.needed / 2**30:.1f} GiB, and "
+            f"at most {LARGEST_SET / 2**30:.0f} GiB are read into memory; stream them, or choose a "
+            "smaller size or fewer images"
         )
-    digest, images = hashlib.sha256(), np.empty((count, size, size, channels), np.uint8)
-    for index, each in enumerate(files.names):
-        content = tree.read(each)
-        digest.update(f"{each}\0{len(content)}\0".encode())
+    digest = hashlib.sha256()
+    images = np.empty((len(names), files.size, files.size, files.channels), np.uint8)
+    for index, name in enumerate(names):
+        content = files.tree.read(name)
+        digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
-        images[index] = decode(content, path_of(tree, each), channels=channels, size=size)
+        images[index] = files.decoded(content, name)
         if progress is not None:
-            progress(index + 1, count)
-    parts = [(images[part], files.labels[part]) for part in cut(files, fractions)]
+            progress(index + 1, len(names))
+    parts = [(images[part], labels[part]) for part in cut(files.listing, files.fractions)]
     train, validation, test = normalised(parts)
     return Splits(
-        name=name,
-        classes=files.classes,
+        name=files.name,
+        classes=files.listing.classes,
         train=train,
         validation=validation,
         test=test,
@@ -201,9 +229,3 @@ def _classes(tree: Tree, folder: str) -> tuple[str, ...]:
             "folder of its own, named after the class"
         )
     return names
-
-
-def _all_grey(tree: Tree, names: Sequence[str]) -> bool:
-    chosen = np.linspace(0, len(names) - 1, min(PROBED, len(names))).astype(int)
-    probed = [names[int(index)] for index in chosen]
-    return all(is_grey(tree.read(name), path_of(tree, name)) for name in probed)

@@ -12,12 +12,13 @@ import gzip
 import hashlib
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from rankwise.data import hub
 from rankwise.data import places as usual
 from rankwise.data.splits import Splits, normalised, stratified
 from rankwise.errors import DataError, OptionError, unknown
@@ -81,13 +82,14 @@ PUBLISHED: Mapping[str, Published] = {
 }
 
 
-def load_idx(name: str) -> Splits:
+def load_idx(name: str, *, progress: Callable[[int, int], None] | None = None) -> Splits:
     """Read a published set: a twelfth of each training class validates, the same one always.
 
     Args:
         name: `fashion-mnist` or `mnist`, alone or with `:` and a folder that holds the four
             files, or holds them where torchvision puts them. Without a folder, the usual places
-            are looked through: `places`.
+            are looked through: `places`; then the Hub.
+        progress: called with (images read, images in all) while the Hub's images are read.
 
     Returns:
         The splits; of Fashion-MNIST 55,000, 5,000 and 10,000 images (N, 1, 28, 28).
@@ -101,7 +103,19 @@ def load_idx(name: str) -> Splits:
         raise OptionError(unknown("data set", kind, PUBLISHED))
     if colon and not path:
         raise OptionError(f"data set '{name}' names no folder; write {kind}:PATH, or {kind} alone")
-    found = _locate(kind, path)
+    try:
+        found = _locate(kind, path)
+    except DataError as absent:
+        if path or not hub.available():
+            raise
+        return hub.load_images(
+            kind,
+            PUBLISHED[kind].classes,
+            size=SIDE,
+            fraction=VALIDATION,
+            instead=f"give the folder of its files: {absent}",
+            progress=progress,
+        )
     contents = [_read(file) for file in found]
     arrays = [_parse(*pair) for pair in zip(contents, found, strict=True)]
     digest = hashlib.sha256()
@@ -154,7 +168,12 @@ def _locate(name: str, given: str) -> list[Path]:
     raise DataError(
         f"{name}: its files were looked for in {', '.join(states)}; {PUBLISHED[name].obtain}; "
         f"they are {', '.join(FILES)}, each plain or with .gz; put them into one of these folders, "
-        f"or name another: {name}:PATH" + ("" if given else ", or RANKWISE_DATA in the environment")
+        f"or name another: {name}:PATH"
+        + (
+            ""
+            if given
+            else f", or RANKWISE_DATA in the environment; or read the Hub: {hub.INSTALL}"
+        )
     )
 
 

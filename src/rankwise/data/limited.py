@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from rankwise.data.splits import SPLIT_SEED, DataSet, Examples
+from rankwise.data.splits import SPLIT_SEED, DataSet, Examples, read
 from rankwise.errors import OptionError
 
 
@@ -40,6 +41,10 @@ class Chosen:
     def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets of these examples (B,)."""
         return self.whole.take(self.numbers[chosen])
+
+    def ahead(self, order: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of these examples, ahead of time if the whole can do that."""
+        yield from read(self.whole, (self.numbers[chosen] for chosen in order))
 
     def for_epoch(self, draw: int, streams: int = 0) -> Self:
         """The same numbers of what the whole is in that pass."""

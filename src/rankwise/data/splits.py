@@ -5,14 +5,15 @@ Shapes: `N` images, `C` channels, `H` height, `W` width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, Self
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rankwise.data.augment import Augment, draws
 from rankwise.errors import DataError, OptionError
 
 # Which images validate and test is part of the data set, so no run's seed touches it.
@@ -50,6 +51,15 @@ class Examples(Protocol):
             draw: a random number of that pass, at least 0.
             streams: so many runs of examples will be read in order, each to its end; 0: shuffled.
         """
+        ...
+
+
+@runtime_checkable
+class ReadAhead(Protocol):
+    """Examples that are prepared while those before them are used."""
+
+    def ahead(self, order: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `take` gives for each of these batches, one after the other."""
         ...
 
 
@@ -101,6 +111,14 @@ class Normalise:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) uint8 -> float32, in the same memory format."""
+        if pixels.movedim(1, -1).is_contiguous():
+            # Whole rows at once: a loop over the three colours of each pixel is many times slower.
+            rows = pixels.movedim(1, -1).flatten(2).float()  # (B, H, W * C)
+            mean, deviation = (
+                t.flatten().repeat(pixels.shape[3]) for t in (self.mean, self.deviation)
+            )
+            made = rows.sub_(mean).div_(deviation)
+            return made.unflatten(2, (pixels.shape[3], -1)).movedim(-1, 1)
         return pixels.float().sub_(self.mean).div_(self.deviation)
 
 
@@ -113,11 +131,15 @@ class Split:
             `normalise` turns into float32 batch by batch.
         labels: (N,) int64.
         normalise: of bytes.
+        augment: varies images in a pass over them; what is taken outside one stays as it is.
+        draw: the number of the pass.
     """
 
     pixels: Tensor
     labels: Tensor
     normalise: Normalise | None = None
+    augment: Augment | None = None
+    draw: int | None = None
 
     @property
     def images(self) -> Tensor:
@@ -147,14 +169,16 @@ class Split:
     def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) and labels (B,) by number."""
         if self.normalise is None:
-            return self.pixels[chosen], self.labels[chosen]
-        # Along the last dimension lie the colours of a pixel, so an image is copied as one piece.
-        taken = self.pixels.movedim(1, -1)[chosen].movedim(-1, 1)
-        return self.normalise(taken), self.labels[chosen]
+            taken = self.pixels[chosen]
+        else:  # along the last dimension lie the colours of a pixel: an image is copied as a piece
+            taken = self.pixels.movedim(1, -1).index_select(0, chosen).movedim(-1, 1)
+        if self.augment is not None and self.draw is not None:
+            taken = self.augment(taken, draws(self.draw, chosen))
+        return taken if self.normalise is None else self.normalise(taken), self.labels[chosen]
 
     def for_epoch(self, draw: int, streams: int = 0) -> Split:
-        """Every pass reads the same images."""
-        return self
+        """The same images in every pass, or each as that pass varies it."""
+        return self if self.augment is None else replace(self, draw=draw)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -201,11 +225,12 @@ def batches(
     workers: int = 1,
     start: int = 0,
     streams: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor]]:
     """One pass over a split, in whole batches: shuffled, or in parallel streams.
 
     The order depends on seed and epoch alone: the workers of one run cut the same global batches
-    into disjoint parts, and a run resumed at `start` reads what it would have read.
+    into disjoint parts, and a run resumed at `start` reads what it would have read. Whoever stops
+    before the end closes the pass (`contextlib.closing`): its batches may be prepared ahead.
 
     Args:
         split: what to read.
@@ -247,15 +272,28 @@ def batches(
     else:
         generator = torch.Generator().manual_seed(_drawn(seed, epoch))
         order = torch.randperm(len(split), generator=generator)
-    return _walk(part, batch_size, order, worker, workers, start)
+    return read(part, _order(batch_size, steps, order, worker, workers, start))
 
 
-def _walk(
-    split: Examples, batch_size: int, order: Tensor, worker: int, workers: int, start: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for step in range(start, len(split) // batch_size):
-        chosen = order[step * batch_size : (step + 1) * batch_size][worker::workers]
+def read(split: Examples, order: Iterable[Tensor]) -> Generator[tuple[Tensor, Tensor]]:
+    """Inputs and targets of some batches, one after the other; ahead of time where a split can.
+
+    Args:
+        split: what to read.
+        order: (B,) numbers of the examples of each batch.
+    """
+    if isinstance(split, ReadAhead):
+        yield from split.ahead(order)
+        return
+    for chosen in order:
         yield split.take(chosen)
+
+
+def _order(
+    batch_size: int, steps: int, order: Tensor, worker: int, workers: int, start: int
+) -> Iterator[Tensor]:
+    for step in range(start, steps):
+        yield order[step * batch_size : (step + 1) * batch_size][worker::workers]
 
 
 def _drawn(*numbers: int) -> int:

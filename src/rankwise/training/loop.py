@@ -10,7 +10,8 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -139,27 +140,34 @@ class Loop:
         while self.position < self.total:
             epoch, start = divmod(self.position, self.steps_per_epoch)
             self.run.model.train()
-            batches = data.batches(
-                self.splits.train,
-                batch_size=self.recipe.batch_size,
-                seed=self.recipe.seed,
-                epoch=epoch,
-                worker=distributed.worker(),
-                workers=distributed.workers(),
-                start=start,
-                streams=self.carried.streams,
-            )
-            for inputs, targets in batches:
-                self._step(inputs, targets)
-                if self.position % self.steps_per_epoch == 0:
-                    break
-                if self.position % self._look_every == 0:
-                    self._look()
-                    self._stop_if_asked(stop)
+            # Closed at once where a step raises or the run stops: batches are prepared ahead.
+            with closing(self._batches(epoch, start, self.carried.streams)) as batches:
+                for inputs, targets in batches:
+                    self._step(inputs, targets)
+                    if self.position % self.steps_per_epoch == 0:
+                        break
+                    if self.position % self._look_every == 0:
+                        self._look()
+                        self._stop_if_asked(stop)
             self._look()
             self.carried.forget()
             self._end_epoch(epoch)
             self._stop_if_asked(stop)
+
+    def _batches(
+        self, epoch: int, start: int = 0, streams: bool = False
+    ) -> Generator[tuple[Tensor, Tensor]]:
+        """This worker's part of a pass over the training examples."""
+        return data.batches(
+            self.splits.train,
+            batch_size=self.recipe.batch_size,
+            seed=self.recipe.seed,
+            epoch=epoch,
+            worker=distributed.worker(),
+            workers=distributed.workers(),
+            start=start,
+            streams=streams,
+        )
 
     def _step(self, inputs: Tensor, targets: Tensor) -> None:
         inputs, targets = self._move(inputs), self._move(targets)
@@ -261,16 +269,10 @@ class Loop:
     def calibration(self) -> Iterator[Tensor]:
         """This worker's part of some training batches, at least 1,000 examples in all."""
         count = max(2, math.ceil(1000 / self.recipe.batch_size))
-        batches = data.batches(
-            self.splits.train,
-            batch_size=self.recipe.batch_size,
-            seed=self.recipe.seed,
-            epoch=self.position // self.steps_per_epoch,
-            worker=distributed.worker(),
-            workers=distributed.workers(),
-        )
-        for inputs, _ in itertools.islice(batches, count):
-            yield self._move(inputs)
+        epoch = self.position // self.steps_per_epoch
+        with closing(self._batches(epoch)) as batches:
+            for inputs, _ in itertools.islice(batches, count):
+                yield self._move(inputs)
 
     def _score(self, model: nn.Module, split: data.Examples, units: int | None = None) -> Score:
         classes = len(self.splits.classes)

@@ -18,7 +18,7 @@ from rankwise.errors import OptionError
 from rankwise.options import build, option, validate
 
 # These may differ between a run and its continuation: they say where and how often, not what.
-FREE = frozenset({"out", "checkpoint_every", "threads"})
+FREE = frozenset({"out", "checkpoint_every", "threads", "loader_workers"})
 
 
 def _method_options(value: Any) -> dict[str, Any]:
@@ -48,6 +48,17 @@ class Recipe:
     )
     image_size: int | None = option(
         None, "side in pixels that images are scaled to (none: as they are)", at_least=1
+    )
+    augment: str = option(
+        "none",
+        "how training images vary from pass to pass",
+        choices=("none", "flip", "crop-flip", "random-resized-crop"),
+    )
+    stream: bool = option(
+        False, "decode image files while training, also where they would fit in memory"
+    )
+    loader_workers: int | None = option(
+        None, "threads that decode streamed images (none: one a core, at most 8)", at_least=1
     )
     context: int = option(128, "tokens in a window of text", at_least=1)
     tokens: str = option(

@@ -61,6 +61,11 @@ def load_data(recipe: Recipe, progress: Callable[[int, int], None] | None = None
         DataError: the data are missing or malformed.
     """
     if data.is_text(recipe.data):
+        if recipe.augment != "none" or recipe.stream:
+            raise OptionError(
+                f"{recipe.data} is text: augment={recipe.augment!r} and stream={recipe.stream} are "
+                "for images; leave them out"
+            )
         whole: data.DataSet = data.load_text(
             recipe.data,
             context=recipe.context,
@@ -68,7 +73,14 @@ def load_data(recipe: Recipe, progress: Callable[[int, int], None] | None = None
             min_count=recipe.min_count,
         )
     else:
-        whole = data.load(recipe.data, size=recipe.image_size, progress=progress)
+        whole = data.images(
+            recipe.data,
+            size=recipe.image_size,
+            augment=recipe.augment,
+            streamed=recipe.stream,
+            threads=recipe.loader_workers,
+            progress=progress,
+        )
     return whole if recipe.limit is None else data.Limited(whole, recipe.limit)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from rankwise.training.carried import CarriedState, reading_order
 # Predictions of one batch in evaluation; images were always taken by 500.
 EVALUATION_BATCH = 500
 SCORES_AT_ONCE = 2**23
+VALUES_AT_ONCE = 2**23  # of inputs: 500 images of 64x64 in colour, 55 of 224x224
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,15 @@ def evaluate(
         units: read no more than so many, but one example at least.
     """
     count = len(split) if units is None else min(len(split), max(1, units // split.units))
-    at_once = max(1, min(EVALUATION_BATCH, SCORES_AT_ONCE // (split.units * classes)))
+    sample, _ = split.take(torch.zeros(1, dtype=torch.int64))
+    fitting = min(SCORES_AT_ONCE // (split.units * classes), VALUES_AT_ONCE // sample.numel())
+    at_once = max(1, min(EVALUATION_BATCH, fitting))
     loss, right, predictions = 0.0, 0, 0
     carried = CarriedState(model)
-    with _eval_mode(model):
-        for chosen in reading_order(count, at_once, streams=carried.streams):
-            inputs, targets = (move(part) for part in split.take(chosen))
+    order = reading_order(count, at_once, streams=carried.streams)
+    with _eval_mode(model), closing(data.read(split, order)) as batches:
+        for batch in batches:
+            inputs, targets = (move(part) for part in batch)
             with precision():
                 scores = carried.scores(model, inputs)
             scores, targets = scores.float().flatten(0, -2), targets.flatten()

@@ -1,0 +1,313 @@
+"""Streamed images are those that would be kept in memory, whoever decodes them; no thread stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rankwise import data
+from rankwise.data import Streamed, StreamedSplits, batches, folder, read
+from rankwise.errors import DataError
+from rankwise.training import Recipe, loop, records, setup, train
+from rankwise.training.interrupt import Interrupted
+
+stream_module = sys.modules["rankwise.data.stream"]  # the package's name is the function's
+
+
+def photographs(root: Path, count: int = 60) -> Path:
+    """Two classes that differ in the half that is bright; sizes and kinds of files differ too."""
+    numbers = np.random.default_rng(0)
+    for number in range(count):
+        label = number % 2
+        shape = (20 + number % 5, 24 + number % 3, 3)
+        pixels = numbers.integers(0, 80, shape, dtype=np.uint8)
+        pixels[:, 12 * label : 12 * label + 12] += 150
+        inside = root / ("left", "right")[label]
+        inside.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(inside / f"{number:02}.{('png', 'jpg')[number % 3 == 0]}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photographs(tmp_path_factory.mktemp("photos"))
+
+
+def streamed(root: Path, augment: str = "none", threads: int = 2) -> StreamedSplits:
+    found = data.images(f"folder:{root}", size=16, augment=augment, streamed=True, threads=threads)
+    assert isinstance(found, StreamedSplits)
+    return found
+
+
+def decoding() -> int:
+    return sum(thread.name.startswith("rankwise-decode") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "crop-flip"])
+def test_a_stream_is_what_memory_would_hold(photos: Path, augment: str) -> None:
+    kept = data.images(f"folder:{photos}", size=16, augment=augment)
+    assert isinstance(kept, data.Splits)
+    flowing = streamed(photos, augment)
+    assert (flowing.classes, flowing.name, flowing.task) == (kept.classes, kept.name, kept.task)
+    for epoch in range(2):
+        ours = batches(flowing.train, batch_size=9, seed=1, epoch=epoch)
+        theirs = batches(kept.train, batch_size=9, seed=1, epoch=epoch)
+        for (images, labels), (expected, expected_labels) in zip(ours, theirs, strict=True):
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(images, expected, rtol=0, atol=0)
+            torch.testing.assert_close(labels, expected_labels, rtol=0, atol=0)
+    order = torch.arange(len(kept.test)).split(2)
+    for (images, _), chosen in zip(read(flowing.test, order), order, strict=True):
+        torch.testing.assert_close(images, kept.test.images[chosen], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("augment", ["none", "random-resized-crop"])
+def test_neither_threads_nor_workers_nor_resumption_change_a_bit(
+    photos: Path, augment: str
+) -> None:
+    one = list(batches(streamed(photos, augment, 1).train, batch_size=12, seed=0, epoch=1))
+    assert len(one) == 4
+    rest = batches(streamed(photos, augment, 3).train, batch_size=12, seed=0, epoch=1, start=2)
+    for (images, _), (expected, _) in zip(rest, one[2:], strict=True):
+        torch.testing.assert_close(images, expected, rtol=0, atol=0)
+    for worker in range(2):
+        part = streamed(photos, augment).train
+        mine = batches(part, batch_size=12, seed=0, epoch=1, worker=worker, workers=2)
+        for (images, labels), (expected, expected_labels) in zip(mine, one, strict=True):
+            torch.testing.assert_close(images, expected[worker::2], rtol=0, atol=0)
+            torch.testing.assert_close(labels, expected_labels[worker::2], rtol=0, atol=0)
+
+
+def test_a_part_of_the_whole_picture_is_cut_out_anew_in_every_pass(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            ramp = np.tile(np.arange(200, dtype=np.uint8), (160, 1)) + number
+            Image.fromarray(ramp).save(tmp_path / name / f"{number}.png")
+    part = streamed(tmp_path, "random-resized-crop").train
+    assert isinstance(part, Streamed)
+    seen = [
+        image.numpy().tobytes()
+        for epoch in range(6)
+        for images, _ in batches(part, batch_size=4, seed=0, epoch=epoch)
+        for image in images
+    ]
+    assert len(set(seen)) == len(seen) == 24
+    # The middle square holds the levels 20 to 180; parts of the whole reach beyond it.
+    spread = torch.cat([images for images, _ in batches(part, batch_size=4, seed=0, epoch=9)])
+    middle = part.take(torch.arange(4))[0]
+    assert float(spread.max()) > float(middle.max())
+    assert float(spread.min()) < float(middle.min())
+
+
+def test_skipped_batches_are_not_decoded_and_few_are_ahead(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = streamed(photos).train
+    asked: list[str] = []
+    real = folder.Files.decoded
+
+    def noted(self: folder.Files, content: bytes, name: str) -> np.ndarray:
+        asked.append(name)
+        return real(self, content, name)
+
+    monkeypatch.setattr(folder.Files, "decoded", noted)
+    monkeypatch.setattr(stream_module, "AT_ONCE", 1)
+    with closing(batches(part, batch_size=4, seed=0, epoch=0, start=10)) as some:
+        assert len(list(some)) == 2
+    assert len(asked) == 8
+    asked.clear()
+    with closing(batches(part, batch_size=4, seed=0, epoch=0)) as some:
+        next(some)
+        time.sleep(0.05)
+        assert len(asked) <= 4 * (stream_module.AHEAD + 1)
+    assert decoding() == 0
+
+
+def test_the_statistics_are_those_of_an_even_sample(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = streamed(photos).train.normalise
+    monkeypatch.setattr(stream_module, "SAMPLED", 24)
+    sample = streamed(photos).train.normalise
+    assert not torch.equal(sample.mean, whole.mean)
+    torch.testing.assert_close(sample.mean, whole.mean, rtol=0, atol=3.0)
+    torch.testing.assert_close(sample.deviation, whole.deviation, rtol=0, atol=3.0)
+
+
+def test_the_checksum_is_of_names_and_sizes(tmp_path: Path) -> None:
+    root = photographs(tmp_path / "photos", 20)
+    first = streamed(root).checksum
+    path = root / "left" / "00.jpg"
+    os.utime(path, (0, 0))
+    assert streamed(root).checksum == first
+    path.write_bytes(path.read_bytes() + b"\0")
+    second = streamed(root).checksum
+    path.rename(root / "left" / "000.jpg")
+    assert len({first, second, streamed(root).checksum}) == 3
+
+
+def test_what_does_not_fit_into_memory_is_streamed_by_itself(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "LARGEST_SET", 60 * 3 * 16 * 16 - 1)
+    assert isinstance(data.images(f"folder:{photos}", size=16), StreamedSplits)
+    with pytest.raises(DataError, match="stream them"):
+        data.load(f"folder:{photos}", size=16)
+    monkeypatch.setattr(folder, "LARGEST_SET", 60 * 3 * 16 * 16)
+    assert isinstance(data.images(f"folder:{photos}", size=16), data.Splits)
+
+
+def test_a_damaged_image_is_named_when_it_is_due_and_no_thread_stays(tmp_path: Path) -> None:
+    root = photographs(tmp_path / "photos")
+    part = streamed(root).train
+    name = part.files.listing.names[part.chosen[7]]
+    path = root / name
+    path.write_bytes(path.read_bytes()[:150])
+    good: list[Any] = []
+    with pytest.raises(DataError, match="remove or repair it") as caught:
+        good.extend(batches(part, batch_size=1, seed=0, epoch=0))
+    numbers = data.Split(torch.zeros(48, 1, 1, 1), torch.arange(48))
+    order = [int(label) for _, label in batches(numbers, batch_size=1, seed=0, epoch=0)]
+    assert order.index(7) == len(good)
+    assert str(path) in str(caught.value)
+    path.unlink()
+    with pytest.raises(DataError, match=f"{name} cannot be read"):
+        part.take(torch.tensor([7]))
+    assert decoding() == 0
+
+
+def test_no_thread_stays_after_the_end_a_break_or_an_error(photos: Path) -> None:
+    part = streamed(photos).train
+    list(batches(part, batch_size=8, seed=0, epoch=0))
+    assert decoding() == 0
+    with closing(batches(part, batch_size=8, seed=0, epoch=0)) as some:
+        next(some)
+        assert decoding() > 0
+    assert decoding() == 0
+
+    def train_badly() -> None:
+        with closing(batches(part, batch_size=8, seed=0, epoch=0)) as some:
+            for _ in some:
+                raise RuntimeError("the step")
+
+    with pytest.raises(RuntimeError, match="the step"):
+        train_badly()
+    assert decoding() == 0
+
+
+def test_a_limited_set_is_read_ahead_too(photos: Path) -> None:
+    whole = streamed(photos)
+    some = data.Limited(whole, 9).train
+    with closing(batches(some, batch_size=3, seed=0, epoch=0)) as ours:
+        next(ours)
+        assert decoding() > 0
+    order = torch.arange(9).split(4)
+    for (images, _), chosen in zip(read(some, order), order, strict=True):
+        expected, _ = whole.train.take(some.numbers[chosen])
+        torch.testing.assert_close(images, expected, rtol=0, atol=0)
+    assert decoding() == 0
+
+
+# Training
+
+
+def recipe(photos: Path, out: Path, **options: Any) -> Recipe:
+    given: dict[str, Any] = {
+        "model": "mlp-512x2",
+        "data": f"folder:{photos}",
+        "image_size": 16,
+        "epochs": 3,
+        "batch_size": 12,
+        "augment": "crop-flip",
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "method": "factorized",
+        "method_options": {"ranks": 16},
+        "threads": 1,
+        "out": str(out),
+    }
+    return Recipe.from_mapping({**given, **options})
+
+
+def test_a_run_on_a_stream_is_the_run_in_memory(photos: Path, tmp_path: Path) -> None:
+    results = [
+        train(recipe(photos, tmp_path / str(number), **options))
+        for number, options in enumerate(
+            [{}, {"stream": True, "loader_workers": 1}, {"stream": True, "loader_workers": 3}]
+        )
+    ]
+    assert len({(r.test_loss, r.validation_loss) for r in results}) == 1
+    assert decoding() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_on_a_stream_is_resumed_bit_for_bit(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    options = {"stream": True, "augment": "random-resized-crop"}
+    whole = train(recipe(photos, tmp_path / "whole", **options))
+    real = loop.Loop._step
+
+    def step(self: Any, *batch: Any) -> None:
+        real(self, *batch)
+        if self.position == 6:  # in mid-epoch
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loop.Loop, "_step", step)
+    with pytest.raises(Interrupted):
+        train(recipe(photos, tmp_path / "part", **options))
+    assert decoding() == 0
+    monkeypatch.setattr(loop.Loop, "_step", real)
+    more = recipe(photos, tmp_path / "part", **options, loader_workers=1)
+    rest = train(more, resume=tmp_path / "part")
+    assert (rest.test_loss, rest.validation_loss) == (whole.test_loss, whole.validation_loss)
+
+
+def test_ctrl_c_for_the_whole_group_leaves_a_checkpoint_and_nothing_else(
+    photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--stream", "--model", "mlp-512x2", "--data", f"folder:{photos}"]
+    words += ["--image-size", "16", "--batch-size", "4", "--epochs", "100000", "--threads", "1"]
+    words += ["--method", "dense", "--loader-workers", "3", "--checkpoint-every", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rankwise", *words, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit:
+            if (out / "records.jsonl").exists() and any(
+                r["event"] == "epoch" for r in records.read(out)
+            ):
+                break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in output
+    assert f"rankwise train --resume {out}" in " ".join(output.split())
+    begun = records.recipe_of(out)
+    assert begun is not None
+    saved = setup.load(out, begun, streamed(photos))
+    assert saved.extra["position"] > 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
