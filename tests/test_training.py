@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch.testing import assert_close
 
@@ -132,6 +133,47 @@ def test_biases_and_norms_are_left_out_of_the_decay_where_that_is_asked_for():
     plain = setup.make_optimizer(Recipe(nesterov=True), model)
     assert [g["weight_decay"] for g in plain.param_groups] == [5e-4]
     assert plain.defaults["nesterov"]
+
+
+def test_a_run_begins_with_the_weights_of_another_but_for_what_does_not_fit(tmp_path):
+    train(recipe(out="first", method="dense", method_options={}, lr=0.1))
+    trained = rankwise.load("first").weights
+    how = {"method": "dense", "method_options": {}, "lr": 1e-9, "epochs": 1}
+    how |= {"weights": "first", "lr_warmup_epochs": 0}
+    train(recipe(out="second", **how))
+    assert_close(rankwise.load("second").weights, trained, rtol=0, atol=1e-5)
+    told = records.last(records.read("second"), "weights")
+    assert told is not None
+    assert told["numbers"][0] == told["numbers"][1]
+    cut = {k: v[:3].clone() if k.startswith("output") else v for k, v in trained.items()}
+    safetensors.torch.save_file({**cut, "extra": torch.zeros(2)}, "some.safetensors")
+    train(recipe(out="third", **{**how, "weights": "some.safetensors"}))
+    third = rankwise.load("third").weights
+    assert_close(third["hidden.0.weight"], trained["hidden.0.weight"], rtol=0, atol=1e-5)
+    told = records.last(records.read("third"), "weights")
+    assert told is not None
+    assert (told["fresh"], told["unused"]) == (["output.weight", "output.bias"], ["extra"])
+    with pytest.raises(Interrupted):
+        train(recipe(out="fourth", **how), report=StopAt(3))
+    Path("some.safetensors").unlink()
+    train(recipe(out="fourth", **how), resume="fourth")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"hiden.0.weight": (128, 128)}, r"0 of the network's [\d,]+ numbers: input.weight is not"),
+        ({"input.weight": (3, 3)}, r"has the shape \(3, 3\) there, and \(128, 64\) here"),
+        (None, "weights some.safetensors cannot be read"),
+    ],
+)
+def test_weights_of_another_network_are_refused(given, words):
+    if given is not None:
+        tensors = {name: torch.zeros(shape) for name, shape in given.items()}
+        safetensors.torch.save_file(tensors, "some.safetensors")
+    with pytest.raises(CheckpointError, match=words):
+        train(recipe(weights="some.safetensors"))
+    assert not Path("runs").exists()
 
 
 def test_a_crash_loses_no_more_than_the_steps_since_the_last_checkpoint():

@@ -194,7 +194,15 @@ def _anything(record: Line) -> str:
     return ", ".join(sorted(shown))
 
 
+def _weights(record: Line, _: History) -> tuple[str, str]:
+    taken, every = pair(record, "numbers") or (0, 0)
+    words = f"{short(taken)} of {short(every)} numbers from {text(record, 'source')}"
+    fresh = [name for name in record.get("fresh", ()) if isinstance(name, str)]
+    return "weights", words + (f"; fresh: {several(fresh)}" if fresh else "")
+
+
 _TELLERS: Mapping[str, Callable[[Line, History], tuple[str, str]]] = {
+    "weights": _weights,
     "plan": _plan,
     "stable ranks": _tracking,
     "gains": _gains,
@@ -208,4 +216,6 @@ _TELLERS: Mapping[str, Callable[[Line, History], tuple[str, str]]] = {
     "resume": _resume,
 }
 # What is said while a run goes on; a switch is shown when its step time is known.
-_BY_THEMSELVES = frozenset({"plan", "gains", "settled", "ranks", "updates", "merge", "basis kept"})
+_BY_THEMSELVES = frozenset(
+    {"weights", "plan", "gains", "settled", "ranks", "updates", "merge", "basis kept"}
+)

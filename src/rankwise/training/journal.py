@@ -11,7 +11,7 @@ import torch
 
 from rankwise import checkpoint, data, distributed
 from rankwise.method import Method
-from rankwise.ranks import Plan
+from rankwise.run import Run
 from rankwise.training import environment, records
 from rankwise.training.recipe import Recipe
 from rankwise.training.report import Reporter, Silent
@@ -44,7 +44,8 @@ class Journal:
         device: torch.device,
         methods: Sequence[Method],
         saved: checkpoint.Checkpoint | None,
-        plan: Plan | None,
+        run: Run,
+        begun: Sequence[dict[str, Any]],
     ) -> None:
         """Open the records with the first line of a run, or of its continuation; show its plan.
 
@@ -72,12 +73,15 @@ class Journal:
             facts = self.record("start", recipe=recipe.as_dict(), **facts)
         else:
             facts = self.record("resume", step=saved.step, **facts)
-        for record in self._early:
+        for record in (*begun, *self._early):
             self.record(**record)
         self._early.clear()
         self.report.start(recipe, self.out, facts)
-        if plan is not None:
-            self.report.plan(plan)
+        if run.plan is not None:
+            self.report.plan(run.plan)
+        for event in (*begun, *run.events):
+            if event["event"] in ("weights", "updates"):  # which no plan shows
+                self.report.decision(event)
 
     def __enter__(self) -> Journal:
         return self

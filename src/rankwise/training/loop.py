@@ -63,6 +63,7 @@ def train(
     saved = None if resume is None else setup.load(resume, recipe, splits)
     out = Path(distributed.share(str(saved.path.parent if saved else records.place(recipe))))
     model = setup.build_model(recipe, splits, device)
+    begun = setup.begin(model, recipe, saved)
     sample, _ = splits.train.take(torch.zeros(1, dtype=torch.int64))
     dense = setup.size(model, sample, splits.train.units)
     optimizer = setup.make_optimizer(recipe, model)
@@ -88,10 +89,7 @@ def train(
         elif accounting.parameters(model).stored != dense[0][0]:
             loop.clock.new_phase()  # low-rank from the first step
         loop.follow_schedule()
-        journal.start(recipe, splits, device, methods, saved, loop.run.plan)
-        for event in loop.run.events:  # before the first step: what has no plan to be shown
-            if event["event"] == "updates":
-                journal.report.decision(event)
+        journal.start(recipe, splits, device, methods, saved, loop.run, begun)
         with listen() as stop:
             loop.fit(stop)
         return loop.finish(dense)

@@ -67,6 +67,9 @@ class Recipe:
     min_count: int = option(
         2, "times that a word occurs in the training part; rarer ones are <unk>", at_least=1
     )
+    weights: str | None = option(
+        None, "begin with these: a run's folder (trained dense), or FILE.safetensors"
+    )
     method: str = option(
         "pufferfish", "low-rank method, or several: pufferfish+factor-decay; `rankwise methods`"
     )

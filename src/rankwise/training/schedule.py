@@ -12,8 +12,8 @@ from rankwise.training.recipe import Recipe
 class Schedule:
     """What multiplies `recipe.lr` after so many finished steps, called with their number.
 
-    A linear rise from `lr_start` over the warm-up, then the recipe's schedule. All but "plateau" are
-    functions of the step alone, which resume without any state.
+    A linear rise from `lr_start` over the warm-up, then the recipe's schedule. All but "plateau"
+    are functions of the step alone, which resume without any state.
 
     Raises:
         OptionError: the warm-up is as long as the run, or the schedule needs one and has none.

@@ -19,6 +19,7 @@ from rankwise.method import Method
 from rankwise.methods import METHODS
 from rankwise.options import build
 from rankwise.training.recipe import Recipe
+from rankwise.training.weights import begin_with
 
 
 def method_classes(name: str) -> list[type[Method]]:
@@ -104,6 +105,19 @@ def build_model(recipe: Recipe, splits: data.DataSet, device: torch.device) -> n
     model = models.build(recipe.model, classes=len(splits.classes), input_shape=shape)
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     return model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+
+
+def begin(
+    model: nn.Module, recipe: Recipe, saved: checkpoint.Checkpoint | None
+) -> list[dict[str, Any]]:
+    """Give a fresh network the recipe's weights; the events of it. A resumed run has its own.
+
+    Raises:
+        CheckpointError: they cannot be read, or are of another network.
+    """
+    if recipe.weights is None or saved is not None:
+        return []
+    return [begin_with(model, recipe.weights)]
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
