@@ -113,6 +113,8 @@ def test_every_module_and_public_function_is_documented(path: Path) -> None:
     assert ast.get_docstring(tree), "no module docstring"
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            if any(ast.unparse(d) == "overload" for d in node.decorator_list):
+                continue  # the implementation, which comes last, has it
             assert ast.get_docstring(node), f"{node.name} has no docstring"
 
 

@@ -534,9 +534,9 @@ def test_a_hub_out_of_reach_is_answered_with_the_places(monkeypatch: pytest.Monk
 
 def test_what_has_no_files_is_not_streamed_and_a_wrong_way_is_answered() -> None:
     with pytest.raises(OptionError, match="mnist-5k is not read from image files"):
-        data.images("mnist-5k", streamed=True)
+        data.load("mnist-5k", streamed=True)
     with pytest.raises(OptionError, match="unknown augment 'crop'; did you mean"):
-        data.images("mnist-5k", augment="crop")
-    varied = data.images("mnist-5k", augment="crop-flip")
+        data.load("mnist-5k", augment="crop")
+    varied = data.load("mnist-5k", augment="crop-flip")
     assert varied.train.augment is data.AUGMENTS["crop-flip"]
     assert varied.test.augment is None

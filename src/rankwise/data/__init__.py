@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal, overload
 
 from rankwise.data import cifar, folder, idx, imagenet
 from rankwise.data.augment import AUGMENTS
@@ -34,7 +35,6 @@ __all__ = [
     "TextSplit",
     "TextSplits",
     "batches",
-    "images",
     "is_text",
     "load",
     "load_text",
@@ -113,42 +113,51 @@ def is_text(name: str) -> bool:
     return entry is not None and entry.task == "language modelling"
 
 
-def load(name: str, *, size: int | None = None, progress: Progress | None = None) -> Splits:
-    """Read images into memory, split and normalised by its training part.
+@overload
+def load(
+    name: str,
+    *,
+    size: int | None = None,
+    augment: str = "none",
+    streamed: Literal[False] = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Splits: ...
+
+
+@overload
+def load(
+    name: str,
+    *,
+    size: int | None = None,
+    augment: str = "none",
+    streamed: bool | None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Splits | StreamedSplits: ...
+
+
+def load(
+    name: str,
+    *,
+    size: int | None = None,
+    augment: str = "none",
+    streamed: bool | None = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Splits | StreamedSplits:
+    """Read images into memory, or stream them; split and normalised by the training part.
 
     Args:
         name: a key of `DATA`; for a folder, `folder:` and its path; published sets may name the
             place of their files in the same way.
         size: side in pixels that images are brought to; when nothing is said, 32 for a folder, and
             for others their own.
-        progress: called with (images read, images in all) while image files are read.
-
-    Raises:
-        OptionError: an unknown name, or a size that the data set cannot have.
-        DataError: the data are missing or malformed.
-    """
-    found = _find(name, size, progress)
-    return folder.read(found, progress) if isinstance(found, Files) else found
-
-
-def images(
-    name: str,
-    *,
-    size: int | None = None,
-    augment: str = "none",
-    streamed: bool = False,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> Splits | StreamedSplits:
-    """Images for training: in memory, or streamed from their files where they do not fit.
-
-    Args:
-        name: as of `load`.
-        size: as of `load`.
-        augment: a key of `AUGMENTS`: how training images are varied.
-        streamed: stream in any case.
-        threads: how many decode streamed images; all cores by default, and at most eight.
-        progress: as of `load`.
+        augment: a key of `AUGMENTS`: how training images vary from pass to pass.
+        streamed: decode image files while they are used: never, always, or (None) where they do
+            not fit into memory.
+        threads: how many decode streamed images; by default one a core, and at most eight.
+        progress: called with (images read, images in all) while image files are read into memory.
 
     Raises:
         OptionError: an unknown name, a size that the data set cannot have, or nothing to stream.
@@ -159,7 +168,7 @@ def images(
     varied = AUGMENTS[augment]
     found = _find(name, size, progress)
     if isinstance(found, Files):
-        if streamed or found.needed > folder.LARGEST_SET:
+        if streamed or (streamed is None and found.needed > folder.LARGEST_SET):
             return stream(found, threads=threads, augment=varied)
         found = folder.read(found, progress)
     elif streamed:

@@ -74,11 +74,11 @@ def load_data(recipe: Recipe, progress: Callable[[int, int], None] | None = None
             min_count=recipe.min_count,
         )
     else:
-        whole = data.images(
+        whole = data.load(
             recipe.data,
             size=recipe.image_size,
             augment=recipe.augment,
-            streamed=recipe.stream,
+            streamed=True if recipe.stream else None,
             threads=recipe.loader_workers,
             progress=progress,
         )
