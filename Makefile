@@ -5,6 +5,8 @@ VENV ?= .venv
 # The tested versions; `make CONSTRAINTS= test` takes whatever fits pyproject.toml instead.
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
+# Optimizers of few bits, beside the other packages: transformers and peft act differently if they find them.
+LOW_BIT := $(VENV)/low-bit
 READY := $(VENV)/.ready
 
 .PHONY: help run test check bench bench-ddp clean
@@ -23,6 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps mlxtend galore-torch apollo-torch
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps --upgrade --target $(LOW_BIT) torchao bitsandbytes
 	@touch $(READY)
 
 run: $(READY)
@@ -31,6 +34,7 @@ run: $(READY)
 # A file's tests stay on one worker: some share processes that are slow to start.
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile
+	PYTHONPATH=$(LOW_BIT)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/python -m pytest tests/test_low_bit_optimizers.py
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks examples
