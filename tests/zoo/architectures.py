@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise import models
+from rankwise.models.vgg import POOL
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,37 @@ def _text_through(cell: str) -> tuple[nn.Module, Tensor]:
     return network, _random(torch.zeros(2, 6, dtype=torch.int64))
 
 
+def _own_resnet() -> nn.Module:
+    return models.ResNet(3, (16, 32), (1, 2), 5, stem=8, stem_stride=2, pool=True, inner=(8, 8))
+
+
+def _own_vit() -> nn.Module:
+    sizes = {"patch": 8, "width": 16, "layers": 2, "heads": 2, "hidden": 24, "classes": 5}
+    return models.ViT(3, (32, 32), **sizes)
+
+
+def _gpt2() -> tuple[nn.Module, Tensor]:
+    sizes = {"vocabulary": 40, "width": 16, "layers": 2, "heads": 2, "hidden": 24, "context": 8}
+    network = models.Transformer(**sizes, form="gpt2", tied=True)
+    return network, _random(torch.zeros(2, 6, dtype=torch.int64))
+
+
+OWN = (
+    Architecture("ResNet-50 (own)", "resnet-50", make=_image(_own_resnet)),
+    Architecture(
+        "Wide ResNet-28-10",
+        "wrn-28-10",
+        make=_image(lambda: models.WideResNet(3, depth=10, wide=1, classes=5)),
+    ),
+    Architecture(
+        "VGG-19 for 32x32",
+        "vgg-19",
+        make=_image(lambda: models.VGG(3, (8, POOL, 16, 16, POOL), 5, hidden=16, dropout=0.0)),
+    ),
+    Architecture("ViT for 32x32", "vit-cifar", make=_image(_own_vit)),
+    Architecture("GPT-2 (own)", "gpt2-124m", make=_gpt2),
+)
+
 TORCH = (
     Architecture(
         "LSTM, two layers of 1500, tied", "lstm-wikitext2", make=lambda: _text_through("lstm")
@@ -313,4 +345,4 @@ TORCH = (
     Architecture("LSTM, GRU, Bilinear", make=_recurrent),
 )
 
-ZOO = (*TRANSFORMERS, *TIMM, *TORCHVISION, *TORCH)
+ZOO = (*TRANSFORMERS, *TIMM, *TORCHVISION, *OWN, *TORCH)

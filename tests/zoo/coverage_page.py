@@ -26,7 +26,7 @@ from rankwise.training import environment
 PAGE = Path(__file__).parent.parent.parent / "docs" / "coverage.md"
 RULE = ranks.Ratio(0.25)
 REPEATS = 3
-SIZES = ("resnet-50", "vit-large", "bert-large", "gpt2-xl", "llama-7b", "llama-65b")
+SIZES = ("resnet-50", "deit-base", "vit-large", "bert-large", "gpt2-xl", "llama-7b", "llama-65b")
 
 # The plan's reasons, without the numbers of one layer.
 _SHORT = (
@@ -148,9 +148,8 @@ def size_row(name: str) -> str:
     (dense, planned), (before, after) = plan.parameters, plan.flops
     even = Counter(line.break_even for line in plan.layers if line.rank is not None)
     usual = ", ".join(f"{rank} ({count}×)" for rank, count in even.most_common(3))
-    example = models.sample(name)
-    assert isinstance(example, dict)
-    shape = next(iter(example.values())).shape
+    example: Any = models.sample(name)
+    shape = (next(iter(example.values())) if isinstance(example, dict) else example).shape
     cells = (
         f"`{name}`",
         "×".join(map(str, shape)),

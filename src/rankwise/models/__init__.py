@@ -28,6 +28,7 @@ from rankwise.models.sizes import SIZES
 from rankwise.models.transformer import Transformer
 from rankwise.models.vgg import VGG
 from rankwise.models.vit import ViT
+from rankwise.models.wide_resnet import WideResNet
 
 __all__ = [
     "CLASSIFICATION",
@@ -47,6 +48,7 @@ __all__ = [
     "Transformer",
     "Translator",
     "ViT",
+    "WideResNet",
     "build",
     "find",
     "greedy",
