@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from rankwise.training import Recipe, loop, records, setup, train
 from rankwise.training.interrupt import Interrupted
 
 stream_module = sys.modules["rankwise.data.stream"]  # the package's name is the function's
+
+
+PASS: dict[str, Any] = {"batch_size": 16, "seed": 0, "epoch": 0}
 
 
 def photographs(root: Path, count: int = 60) -> Path:
@@ -109,6 +113,17 @@ def test_a_part_of_the_whole_picture_is_cut_out_anew_in_every_pass(tmp_path: Pat
     middle = part.take(torch.arange(4))[0]
     assert float(spread.max()) > float(middle.max())
     assert float(spread.min()) < float(middle.min())
+
+
+def test_a_zip_file_is_streamed_by_several_threads_at_once(photos: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in photos.rglob("*.*"):
+            archive.write(path, path.relative_to(photos))
+    ours = batches(streamed(tmp_path / "photos.zip", threads=4).train, **PASS)
+    for (images, _), (expected, _) in zip(
+        ours, batches(streamed(photos).train, **PASS), strict=True
+    ):
+        torch.testing.assert_close(images, expected, rtol=0, atol=0)
 
 
 def test_skipped_batches_are_not_decoded_and_few_are_ahead(

@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -93,15 +94,12 @@ class Streamed:
         enough = 2 * self.threads * AT_ONCE
         begun: deque[_Batch] = deque()
         with _threads(self.threads) as pool:
-            try:
-                for chosen in order:
-                    begun.append(self._begin(pool, chosen))
-                    if len(begun) > AHEAD and sum(len(b.labels) for b in begun) > enough:
-                        yield _finished(begun.popleft())
-                while begun:
+            for chosen in order:
+                begun.append(self._begin(pool, chosen))
+                if len(begun) > AHEAD and sum(len(b.labels) for b in begun) > enough:
                     yield _finished(begun.popleft())
-            finally:  # at the end, at an error, and where the reader turns away
-                pool.shutdown(wait=True, cancel_futures=True)
+            while begun:
+                yield _finished(begun.popleft())
 
     def _begin(self, pool: ThreadPoolExecutor, chosen: Tensor) -> _Batch:
         files = self.files
@@ -220,8 +218,14 @@ def cores() -> int:
     return max(1, min(8, (allowed or 1) // beside))
 
 
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="rankwise-decode")
+@contextmanager
+def _threads(count: int) -> Generator[ThreadPoolExecutor]:
+    """Threads that are gone afterwards: at the end, at an error, where the reader turns away."""
+    pool = ThreadPoolExecutor(count, thread_name_prefix="rankwise-decode")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _finished(batch: _Batch) -> tuple[Tensor, Tensor]:
