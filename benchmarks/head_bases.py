@@ -33,7 +33,7 @@ from rankwise.training import environment
 BATCH, RANK, EVERY = 16, 32, 10
 
 
-def gradients(model: nn.Module, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def gradients(model: nn.Module, inputs: data.Inputs, targets: Tensor) -> dict[str, Tensor]:
     """Of the weights as they stand, updates merged; by name."""
     dense = copy.deepcopy(model)
     rankwise.to_dense(dense)

@@ -70,7 +70,7 @@ class Plain(Silent):
         self.say()
 
     def finish(self, result: Result) -> None:
-        score = Score(result.test_loss, result.test_accuracy)
+        score = Score(result.test_loss, result.test_accuracy, result.test_bleu)
         self.say(
             f"test {TASKS[result.task].describe(score)} (loss {result.test_loss:.4f}) after "
             f"{result.epochs} epochs, {result.steps} steps, {result.seconds:.1f} s; parameters "

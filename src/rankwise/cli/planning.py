@@ -101,13 +101,10 @@ def _check(options: PlanOptions, given: Mapping[str, Any]) -> None:
 def _asked_network(
     asked: argparse.Namespace, options: PlanOptions, method: Factorized
 ) -> tuple[Any, Any, list[str]]:
-    import torch
-
     shape, classes = options.input_shape, options.classes
     if shape is None and asked.data is not None:
         splits = setup.load_data(dataclasses.replace(Recipe(), data=asked.data))
-        sample, _ = splits.train.take(torch.zeros(1, dtype=torch.int64))
-        shape, classes = tuple(sample.shape[1:]), classes or len(splits.classes)
+        shape, classes = setup.input_shape(splits), classes or len(splits.classes)
     rule = ranks.as_rule(method.ranks)
     return _network(asked.model, classes, shape, real=rule.reads_weights)
 

@@ -121,11 +121,13 @@ def _columns(task: str) -> list[Column]:
     unit = TASKS[task].unit
     quality = [Column("test %", lambda r: 100 * r.test_accuracy, _spread)]
     speed: list[Column] = []
-    if task == "language modelling":
+    if task in ("language modelling", "translation"):
         quality = [
             Column("test per-\nplexity", lambda r: _test(r).perplexity, _spread),
             Column("bits\n/ token", lambda r: _test(r).bits, _fine_spread),
         ]
+        if task == "translation":
+            quality.append(Column("test\nBLEU", lambda r: r.test_bleu, _spread))
         speed = [
             Column("tokens\n/ s", lambda r: r.units_per_second, _count),
             Column("states\nMiB", lambda r: _mebibytes(r.state_bytes), _mean),
@@ -187,7 +189,7 @@ def _cell(column: Column, runs: Sequence[Result], dense: Sequence[Result] | None
         return "–"
     text = column.write(own)
     base = [v for r in dense or () if (v := (column.dense or column.value)(r)) is not None]
-    if base and runs is not dense:
+    if any(base) and runs is not dense:
         text += f"\n{statistics.fmean(own) / statistics.fmean(base):.2f}×"
     return text
 

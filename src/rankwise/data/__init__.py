@@ -12,10 +12,22 @@ from rankwise.data.cifar import find_cifar
 from rankwise.data.folder import Files, find_folder
 from rankwise.data.idx import load_idx
 from rankwise.data.imagenet import find_imagenet
+from rankwise.data.lengths import IGNORED
 from rankwise.data.limited import Limited
 from rankwise.data.mnist import load_mnist
+from rankwise.data.pairs import PairSplit, PairSplits, load_pairs
 from rankwise.data.pathmnist import load_pathmnist
-from rankwise.data.splits import DataSet, Examples, Split, Splits, batches, read, steps_per_epoch
+from rankwise.data.splits import (
+    DataSet,
+    Examples,
+    Inputs,
+    Split,
+    Splits,
+    batches,
+    example,
+    read,
+    steps_per_epoch,
+)
 from rankwise.data.stream import Streamed, StreamedSplits, stream
 from rankwise.data.svhn import load_svhn
 from rankwise.data.text import TextSplit, TextSplits, load_text
@@ -24,9 +36,13 @@ from rankwise.errors import OptionError, unknown
 __all__ = [
     "AUGMENTS",
     "DATA",
+    "IGNORED",
     "DataSet",
     "Examples",
+    "Inputs",
     "Limited",
+    "PairSplit",
+    "PairSplits",
     "Source",
     "Split",
     "Splits",
@@ -35,8 +51,11 @@ __all__ = [
     "TextSplit",
     "TextSplits",
     "batches",
+    "example",
+    "is_pairs",
     "is_text",
     "load",
+    "load_pairs",
     "load_text",
     "read",
     "steps_per_epoch",
@@ -103,14 +122,33 @@ DATA: dict[str, Source] = {
         "2.1 million words to train with tokens=words",
         task="language modelling",
     ),
+    "pairs:PATH": Source(
+        description="translation: a file with a source, a tab and its target per line, or a folder "
+        "of train.de, train.en, val.de, ... with languages=de-en",
+        task="translation",
+    ),
+    "multi30k": Source(
+        description="29,000 descriptions of pictures, German to English, in lower case, from the "
+        "Hugging Face Hub (or :PATH)",
+        task="translation",
+    ),
 }
 
 
 def is_text(name: str) -> bool:
     """Whether a data set's name is that of a text, for `load_text`, and not of images."""
+    return _task(name) == "language modelling"
+
+
+def is_pairs(name: str) -> bool:
+    """Whether a data set's name is that of a text in pairs, for `load_pairs`."""
+    return _task(name) == "translation"
+
+
+def _task(name: str) -> str | None:
     kind, separator, _ = name.partition(":")
     entry = DATA.get(f"{kind}:PATH" if separator else name) or DATA.get(kind)
-    return entry is not None and entry.task == "language modelling"
+    return None if entry is None else entry.task
 
 
 @overload
@@ -182,8 +220,9 @@ def _find(name: str, size: int | None, progress: Progress | None) -> Splits | Fi
         if not name.partition(":")[2]:
             raise OptionError(f"data set '{name}' names no folder; write folder:PATH")
         return find_folder(_path(name), size=32 if size is None else size)
-    if is_text(name):
-        raise OptionError(f"data set '{name}' is text, not images; read it with data.load_text")
+    for kind_of, loader in ((is_text, "load_text"), (is_pairs, "load_pairs")):
+        if kind_of(name):
+            raise OptionError(f"data set '{name}' is text, not images; read it with data.{loader}")
     if kind in cifar.PUBLISHED:
         side = cifar.SIDE if size is None else size
         return find_cifar(kind, _path(name), size=side, progress=progress)

@@ -9,7 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from rankwise.data.splits import SPLIT_SEED, DataSet, Examples, read
+from rankwise.data.pairs import PairSplit
+from rankwise.data.splits import SPLIT_SEED, DataSet, Examples, Inputs, read
 from rankwise.errors import OptionError
 
 
@@ -38,11 +39,11 @@ class Chosen:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, chosen: Tensor) -> tuple[Inputs, Tensor]:
         """Inputs and targets of these examples (B,)."""
         return self.whole.take(self.numbers[chosen])
 
-    def ahead(self, order: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def ahead(self, order: Iterable[Tensor]) -> Iterator[tuple[Inputs, Tensor]]:
         """Batches of these examples, ahead of time if the whole can do that."""
         yield from read(self.whole, (self.numbers[chosen] for chosen in order))
 
@@ -85,13 +86,15 @@ class Limited:
         return self.whole.classes
 
     @property
-    def train(self) -> Chosen:
+    def train(self) -> Examples:
         """The chosen ones."""
         count = len(self.whole.train)
         numbers = torch.arange(count)
         if self.task == "classification":
             generator = torch.Generator().manual_seed(SPLIT_SEED)
             numbers = torch.randperm(count, generator=generator)
+        if isinstance(self.whole.train, PairSplit):  # which knows how long they are
+            return self.whole.train.some(numbers[: self.limit])
         return Chosen(self.whole.train, numbers[: self.limit])
 
     @property

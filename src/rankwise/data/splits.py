@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from rankwise.data.augment import Augment, draws
+from rankwise.data.lengths import IGNORED, Uneven, alike, middle
 from rankwise.errors import DataError, OptionError
 
 # Which images validate and test is part of the data set, so no run's seed touches it.
 SPLIT_SEED = 2021
+
+
+Inputs = Tensor | tuple[Tensor, ...]  # what a network is called with
 
 
 class Examples(Protocol):
@@ -35,13 +39,13 @@ class Examples(Protocol):
 
     @property
     def units(self) -> int:
-        """Units in one example."""
+        """Units in one example; their mean where examples differ."""
         ...
 
     def __len__(self) -> int: ...
 
-    def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of these examples (B,), stacked."""
+    def take(self, chosen: Tensor) -> tuple[Inputs, Tensor]:
+        """Inputs and targets of these examples (B,), stacked; targets may be `IGNORED`."""
         ...
 
     def for_epoch(self, draw: int, streams: int = 0) -> Self:
@@ -68,7 +72,7 @@ class DataSet(Protocol):
 
     @property
     def task(self) -> str:
-        """What is learned: classification, or language modelling."""
+        """What is learned: classification, language modelling, or translation."""
         ...
 
     @property
@@ -225,12 +229,13 @@ def batches(
     workers: int = 1,
     start: int = 0,
     streams: bool = False,
-) -> Generator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Inputs, Tensor]]:
     """One pass over a split, in whole batches: shuffled, or in parallel streams.
 
-    The order depends on seed and epoch alone: the workers of one run cut the same global batches
-    into disjoint parts, and a run resumed at `start` reads what it would have read. Whoever stops
-    before the end closes the pass (`contextlib.closing`): its batches may be prepared ahead.
+    Examples of different length are met by others of like length. The order depends on seed and
+    epoch alone: the workers of one run cut the same global batches into disjoint parts, and a run
+    resumed at `start` reads what it would have read. Whoever stops before the end closes the pass
+    (`contextlib.closing`): its batches may be prepared ahead.
 
     Args:
         split: what to read.
@@ -246,7 +251,8 @@ def batches(
 
     Returns:
         Pairs of inputs and targets, stacked, B = batch_size / workers: images (B, C, H, W) and
-        labels (B,), or tokens (B, T) and their next tokens (B, T).
+        labels (B,), tokens (B, T) and their next tokens (B, T), or a source (B, S) with a target
+        (B, T) and its next tokens (B, T).
 
     Raises:
         OptionError: a number out of its range.
@@ -272,10 +278,12 @@ def batches(
     else:
         generator = torch.Generator().manual_seed(_drawn(seed, epoch))
         order = torch.randperm(len(split), generator=generator)
+        if isinstance(part, Uneven):
+            order = alike(order, part.lengths, batch_size, generator)
     return read(part, _order(batch_size, steps, order, worker, workers, start))
 
 
-def read(split: Examples, order: Iterable[Tensor]) -> Generator[tuple[Tensor, Tensor]]:
+def read(split: Examples, order: Iterable[Tensor]) -> Generator[tuple[Inputs, Tensor]]:
     """Inputs and targets of some batches, one after the other; ahead of time where a split can.
 
     Args:
@@ -294,6 +302,17 @@ def _order(
 ) -> Iterator[Tensor]:
     for step in range(start, steps):
         yield order[step * batch_size : (step + 1) * batch_size][worker::workers]
+
+
+def example(split: Examples) -> tuple[Inputs, int]:
+    """What sizes are counted for: one example, of median length where they differ.
+
+    Returns:
+        The inputs, of one example, and the units that it predicts.
+    """
+    number = middle(split.lengths) if isinstance(split, Uneven) else 0
+    inputs, targets = split.take(torch.tensor([number]))
+    return inputs, int((targets != IGNORED).sum())
 
 
 def _drawn(*numbers: int) -> int:

@@ -18,7 +18,7 @@ LEVELS = ("bytes", "characters", "words")
 UNKNOWN, LINE_END = "<unk>", "<eos>"
 
 # A line end, a token in angle brackets, a word with its apostrophes, or any other mark.
-_WORDS = re.compile(r"\n|<\w+>|\w+(?:['’]\w+)*|[^\w\s]")
+WORDS = re.compile(r"\n|<\w+>|\w+(?:['’]\w+)*|[^\w\s]")
 
 
 def numbered(
@@ -87,7 +87,7 @@ def _characters(text: str, classes: Sequence[str]) -> Tensor:  # -> (L,) int32
 def _words(text: str, tokenised: bool) -> list[str]:
     if tokenised:
         return text.replace("\n", f" {LINE_END} ").split()
-    return [LINE_END if word == "\n" else word for word in _WORDS.findall(text)]
+    return [LINE_END if word == "\n" else word for word in WORDS.findall(text)]
 
 
 def _decoded(content: bytes, name: str) -> str:

@@ -173,6 +173,7 @@ _ACCURACY = [
 _LANGUAGE = [
     Measure("test perplexity", _perplexity, figure),
     Measure("test bits a token", _bits, figure),
+    Measure("test BLEU", _of("test_bleu"), figure),
     Measure("validation accuracy", _validation, _percent, points=True),
 ]
 _SIZES = [

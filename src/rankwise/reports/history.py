@@ -145,9 +145,9 @@ class History:
 
     @property
     def language(self) -> bool:
-        """Whether a language model was trained: perplexity tells more than accuracy."""
+        """Whether the network writes text: perplexity tells more than accuracy."""
         task = text(mapping(self.start, "data"), "task") or text(self.finish, "task")
-        return task == "language modelling"
+        return task in ("language modelling", "translation")
 
     @cached_property
     def epochs(self) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise import distributed
+from rankwise.data import Inputs
 from rankwise.models import Stateful
 
 # Parallel streams that a part is evaluated in: each begins without knowing what came before.
@@ -38,13 +39,16 @@ class CarriedState:
         """Whether batches have to follow each other."""
         return self._network is not None
 
-    def scores(self, model: Any, windows: Tensor) -> Any:
+    def scores(self, model: Any, windows: Inputs) -> Any:
         """What the network says of these windows; the state waits for the next ones.
 
         Args:
             model: the network, or what is wrapped around it.
-            windows: (B, T), or the first of the streams where the others have ended.
+            windows: (B, T), or the first of the streams where the others have ended; what else a
+                network reads, several tensors as its arguments.
         """
+        if isinstance(windows, tuple):
+            return model(*windows)
         if self._network is None:
             return model(windows)
         state = self._state

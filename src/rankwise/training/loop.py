@@ -23,6 +23,7 @@ import rankwise
 from rankwise import accounting, checkpoint, data, distributed
 from rankwise.errors import FactorizeError, NonFiniteLossError
 from rankwise.training import records, setup
+from rankwise.training.bleu import with_bleu
 from rankwise.training.carried import CarriedState
 from rankwise.training.clock import KEPT, Clock
 from rankwise.training.interrupt import Interrupted, StopRequest, listen
@@ -30,7 +31,7 @@ from rankwise.training.journal import Journal
 from rankwise.training.recipe import Recipe
 from rankwise.training.report import Progress, Reporter, Result, Silent, Switch
 from rankwise.training.schedule import Schedule
-from rankwise.training.task import TASKS, Score, evaluate, loss_of
+from rankwise.training.task import TASKS, Score, evaluate
 
 
 def train(
@@ -64,8 +65,7 @@ def train(
     out = Path(distributed.share(str(saved.path.parent if saved else records.place(recipe))))
     model = setup.build_model(recipe, splits, device)
     begun = setup.begin(model, recipe, saved)
-    sample, _ = splits.train.take(torch.zeros(1, dtype=torch.int64))
-    dense = setup.size(model, sample, splits.train.units)
+    dense = setup.size(model, *data.example(splits.train))
     optimizer = setup.make_optimizer(recipe, model)
     with Journal(out, report) as journal:
         loop = Loop(recipe, splits, device, journal, began, CarriedState(model))
@@ -75,7 +75,7 @@ def train(
             optimizer,
             steps_per_epoch=steps_per_epoch,
             total_steps=recipe.epochs * steps_per_epoch,
-            sample=sample,
+            sample=data.example(splits.train)[0],
             clip_norm=recipe.clip_norm,
             wrap=setup.wrapper(recipe, methods),
             probe=loop.probe,
@@ -154,7 +154,7 @@ class Loop:
 
     def _batches(
         self, epoch: int, start: int = 0, streams: bool = False
-    ) -> Generator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[data.Inputs, Tensor]]:
         """This worker's part of a pass over the training examples."""
         return data.batches(
             self.splits.train,
@@ -167,14 +167,14 @@ class Loop:
             streams=streams,
         )
 
-    def _step(self, inputs: Tensor, targets: Tensor) -> None:
+    def _step(self, inputs: data.Inputs, targets: Tensor) -> None:
         inputs, targets = self._move(inputs), self._move(targets)
         finished = self.run.step
         with self.clock.step():
             self.run.optimizer.zero_grad()
             with self._precision():
                 scores = self.carried.scores(self.run.model, inputs)
-                loss = loss_of(scores, targets, label_smoothing=self.recipe.label_smoothing)
+                loss = self.task.loss(scores, targets, self.recipe.label_smoothing)
             self.position += 1
             self._unseen.append(loss.detach())
             self.scaler.scale(loss).backward()
@@ -264,7 +264,7 @@ class Loop:
         """Mean loss at the beginning of the validation part: what a switch is judged by."""
         return self._score(model, self.splits.validation, units=self.task.probe).loss
 
-    def calibration(self) -> Iterator[Tensor]:
+    def calibration(self) -> Iterator[data.Inputs]:
         """This worker's part of some training batches, at least 1,000 examples in all."""
         count = max(2, math.ceil(1000 / self.recipe.batch_size))
         epoch = self.position // self.steps_per_epoch
@@ -347,9 +347,8 @@ class Loop:
         model = self.run.finish()
         validation = self.evaluate(self.splits.validation)
         test = self.evaluate(self.splits.test)
-        units = self.splits.train.units
-        sample, _ = self.splits.train.take(torch.zeros(1, dtype=torch.int64))
-        (stored, _), flops = setup.size(model, sample, units)
+        test = with_bleu(test, model, self.splits.test, self._move, self._precision)
+        (stored, _), flops = setup.size(model, *data.example(self.splits.train))
         result = Result(
             model=self.recipe.model,
             data=self.splits.name,
@@ -358,6 +357,7 @@ class Loop:
             task=self.splits.task,
             test_accuracy=test.accuracy,
             test_loss=test.loss,
+            test_bleu=test.bleu,
             validation_accuracy=validation.accuracy,
             validation_loss=validation.loss,
             parameters=(stored, learned),
@@ -383,11 +383,12 @@ class Loop:
 
     def _speed(self, step_ms: float | None) -> float | None:
         """Images or tokens per second of the training step alone."""
-        if step_ms is None:
-            return None
-        return self.recipe.batch_size * self.splits.train.units / step_ms * 1e3
+        units = self.recipe.batch_size * self.splits.train.units
+        return None if step_ms is None else units / step_ms * 1e3
 
-    def _move(self, part: Tensor) -> Tensor:
+    def _move(self, part: Any) -> Any:
+        if isinstance(part, tuple):
+            return tuple(self._move(each) for each in part)
         images = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
         layout = images if part.dim() == 4 else torch.preserve_format
         return part.to(self.device, non_blocking=True, memory_format=layout)

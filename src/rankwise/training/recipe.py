@@ -41,7 +41,7 @@ class Recipe:
     model: str = option("resnet-small", "network; `rankwise models` lists them")
     data: str = option(
         "mnist-5k",
-        "images or text: `rankwise data` lists them; folder:PATH, text:PATH for your own",
+        "images or text: `rankwise data` lists them; folder:PATH, text:PATH, pairs:PATH for yours",
     )
     limit: int | None = option(
         None, "train with so many examples only: images, or windows of a text", at_least=1
@@ -66,6 +66,9 @@ class Recipe:
     )
     min_count: int = option(
         2, "times that a word occurs in the training part; rarer ones are <unk>", at_least=1
+    )
+    languages: str | None = option(
+        None, "of texts in pairs: source and target with a dash between, as in de-en"
     )
     weights: str | None = option(
         None, "begin with these: a run's folder (trained dense), or FILE.safetensors"

@@ -71,6 +71,7 @@ class Result:
     validation_loss: float | None = None
     units_per_second: float | None = None
     state_bytes: int | None = None  # kept beside the weights at the end of training
+    test_bleu: float | None = None  # of greedy translations, 0 to 100
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Result:

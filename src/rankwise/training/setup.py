@@ -55,24 +55,26 @@ def build_methods(name: str, options: Mapping[str, Any]) -> list[Method]:
 
 
 def load_data(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> data.DataSet:
-    """The recipe's images or text.
+    """The recipe's images, text, or text in pairs.
 
     Raises:
         OptionError: an unknown name, or options that the data cannot have.
         DataError: the data are missing or malformed.
     """
-    if data.is_text(recipe.data):
-        if recipe.augment != "none" or recipe.stream:
-            raise OptionError(
-                f"{recipe.data} is text: augment={recipe.augment!r} and stream={recipe.stream} are "
-                "for images; leave them out"
-            )
-        whole: data.DataSet = data.load_text(
-            recipe.data,
-            context=recipe.context,
-            level=recipe.tokens,
-            min_count=recipe.min_count,
+    reading = {"context": recipe.context, "level": recipe.tokens, "min_count": recipe.min_count}
+    text = data.is_text(recipe.data) or data.is_pairs(recipe.data)
+    if text and (recipe.augment != "none" or recipe.stream):
+        raise OptionError(
+            f"{recipe.data} is text: augment={recipe.augment!r} and stream={recipe.stream} are "
+            "for images; leave them out"
         )
+    whole: data.DataSet
+    if data.is_pairs(recipe.data):
+        whole = data.load_pairs(recipe.data, languages=recipe.languages, **reading)
+    elif recipe.languages is not None:
+        raise OptionError(f"languages={recipe.languages}: {recipe.data} is no text in pairs")
+    elif text:
+        whole = data.load_text(recipe.data, **reading)
     else:
         whole = data.load(
             recipe.data,
@@ -100,8 +102,7 @@ def build_model(recipe: Recipe, splits: data.DataSet, device: torch.device) -> n
             f"{', '.join(suited)}"
         )
     torch.manual_seed(recipe.seed)
-    sample, _ = splits.train.take(torch.zeros(1, dtype=torch.int64))
-    shape = tuple(sample.shape[1:])
+    shape = input_shape(splits)
     model = models.build(recipe.model, classes=len(splits.classes), input_shape=shape)
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     return model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
@@ -118,6 +119,13 @@ def begin(
     if recipe.weights is None or saved is not None:
         return []
     return [begin_with(model, recipe.weights)]
+
+
+def input_shape(splits: data.DataSet) -> tuple[int, ...]:
+    """Shape of one input: of an image, a window of tokens, or a source."""
+    inputs, _ = data.example(splits.train)
+    first = inputs[0] if isinstance(inputs, tuple) else inputs
+    return tuple(first.shape[1:])
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
@@ -155,7 +163,7 @@ def wrapper(recipe: Recipe, methods: Sequence[Method]) -> Callable[[nn.Module], 
     return lambda model: distributed.wrap(model, compile=recipe.compile)
 
 
-def size(model: nn.Module, sample: Tensor, units: int) -> tuple[tuple[int, int], int]:
+def size(model: nn.Module, sample: data.Inputs, units: int) -> tuple[tuple[int, int], int]:
     """Parameters (stored, trainable) and forward FLOPs of one unit of the sample."""
     count = accounting.parameters(model)
     return (count.stored, count.trainable), accounting.flops(model, sample) // units

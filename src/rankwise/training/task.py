@@ -1,7 +1,8 @@
 """What a network is trained to do: the loss of a batch, how its quality is measured and written.
 
-Both tasks predict one of several classes: once an image, or at every token of a window. So there
-is one loss, the mean cross-entropy over all predictions, and the tasks differ in their words.
+All tasks predict one of several classes: once an image, or at every token of a window or a target.
+So there is one loss, the mean cross-entropy over all predictions, and the tasks differ in their
+words. What fills up a target is `data.IGNORED`, no prediction, and counts nowhere.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise import data
+from rankwise import data, distributed
 from rankwise.training.carried import CarriedState, reading_order
 
 # Predictions of one batch in evaluation; images were always taken by 500.
@@ -26,10 +28,14 @@ VALUES_AT_ONCE = 2**23  # of inputs: 500 images of 64x64 in colour, 55 of 224x22
 
 @dataclass(frozen=True)
 class Score:
-    """Quality of a model on a split: mean loss in nats and share of right predictions."""
+    """Quality of a model on a split: mean loss in nats and share of right predictions.
+
+    For translations perhaps BLEU, 0 to 100.
+    """
 
     loss: float
     accuracy: float
+    bleu: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -50,11 +56,25 @@ class Task:
         unit: what a loss is the mean over and what speed counts, in the singular.
         probe: units that a switch is judged by.
         describe: a score in words, for a line of a log.
+        padded: batches hold a varying number of predictions.
     """
 
     unit: str
     probe: int
     describe: Callable[[Score], str]
+    padded: bool = False
+
+    def loss(self, scores: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        """What a worker goes down: `loss_of` its part of a batch.
+
+        Where that holds more or fewer predictions than the others', it is weighted by them, so that
+        the mean over workers is that over all predictions. A collective then.
+        """
+        own = loss_of(scores, targets, label_smoothing=label_smoothing)
+        if not self.padded or distributed.workers() == 1:
+            return own
+        count = float((targets != data.IGNORED).sum())
+        return own * (count / distributed.mean(count))
 
 
 TASKS: Mapping[str, Task] = {
@@ -64,6 +84,15 @@ TASKS: Mapping[str, Task] = {
         8_192,
         lambda score: f"perplexity {score.perplexity:.2f} ({score.bits:.3f} bits/token)",
     ),
+    "translation": Task(
+        "token",
+        8_192,
+        lambda score: (
+            f"perplexity {score.perplexity:.2f}, token accuracy {score.accuracy:.2%}"
+            + ("" if score.bleu is None else f", BLEU {score.bleu:.2f}")
+        ),
+        padded=True,
+    ),
 }
 
 
@@ -72,18 +101,21 @@ def loss_of(scores: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) ->
 
     Args:
         scores: (B, C) or (B, T, C).
-        targets: (B,) or (B, T) int64.
+        targets: (B,) or (B, T) int64; `data.IGNORED` is no prediction.
         label_smoothing: share of the target that all classes get.
     """
     flat = scores.float().flatten(0, -2)
-    return F.cross_entropy(flat, targets.flatten(), label_smoothing=label_smoothing)
+    flat_targets = targets.flatten()
+    return F.cross_entropy(
+        flat, flat_targets, ignore_index=data.IGNORED, label_smoothing=label_smoothing
+    )
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     split: data.Examples,
-    move: Callable[[Tensor], Tensor],
+    move: Callable[[Any], Any],
     precision: Callable[[], AbstractContextManager[object]],
     *,
     classes: int,
@@ -103,25 +135,28 @@ def evaluate(
     """
     count = len(split) if units is None else min(len(split), max(1, units // split.units))
     sample, _ = split.take(torch.zeros(1, dtype=torch.int64))
-    fitting = min(SCORES_AT_ONCE // (split.units * classes), VALUES_AT_ONCE // sample.numel())
+    values = sum(part.numel() for part in (sample if isinstance(sample, tuple) else (sample,)))
+    fitting = min(SCORES_AT_ONCE // (split.units * classes), VALUES_AT_ONCE // values)
     at_once = max(1, min(EVALUATION_BATCH, fitting))
     loss, right, predictions = 0.0, 0, 0
     carried = CarriedState(model)
     order = reading_order(count, at_once, streams=carried.streams)
-    with _eval_mode(model), closing(data.read(split, order)) as batches:
+    with eval_mode(model), closing(data.read(split, order)) as batches:
         for batch in batches:
             inputs, targets = (move(part) for part in batch)
             with precision():
                 scores = carried.scores(model, inputs)
             scores, targets = scores.float().flatten(0, -2), targets.flatten()
-            loss += F.cross_entropy(scores, targets, reduction="sum").item()
+            summed = F.cross_entropy(scores, targets, ignore_index=data.IGNORED, reduction="sum")
+            loss += summed.item()
             right += int((scores.argmax(1) == targets).sum())
-            predictions += len(targets)
+            predictions += int((targets != data.IGNORED).sum())
     return Score(loss / predictions, right / predictions)
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout and the like; every module's mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
