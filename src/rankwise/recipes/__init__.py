@@ -53,7 +53,7 @@ def choose(recipe: str) -> list[str]:
         return [recipe]
     found = names(recipe)
     if not found:
-        raise OptionError(f"'{recipe}' matches none of the recipes {', '.join(names())}")
+        raise OptionError(f"'{recipe}' matches none of our recipes; `rankwise recipes` lists them")
     return found
 
 
