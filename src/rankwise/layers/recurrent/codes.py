@@ -6,10 +6,13 @@ T: steps, B: batch, H: hidden_size, R: rank, G: gates, K: width of codes. A fact
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from rankwise.errors import LifeCycleError
 
 # Rows (steps times batch) that are worked on at once: what is as wide as all gates is made for
 # those alone and stays in the cache. Of 64 to 4096, 256 to 512 were the best at every width; 512
@@ -44,3 +47,23 @@ def ends(batch_sizes: Sequence[int]) -> list[tuple[int, int] | None]:
     """For each step the rows whose sequence ends with it, or None; sequences by falling length."""
     following = [*batch_sizes[1:], 0][: len(batch_sizes)]
     return [(b, a) if b < a else None for a, b in zip(batch_sizes, following, strict=True)]
+
+
+def add_up(totals: list[Tensor], parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Gradients of the weights with those of one more chunk; `totals` is empty before the first."""
+    if not totals:
+        return [part.to(dtype) for part in parts]
+    return [total.add_(part) for total, part in zip(totals, parts, strict=True)]
+
+
+def no_second(layer: str) -> Callable[..., Any]:
+    """The backward of a loop's backward, which there is not."""
+
+    def refuse(ctx: Any, *gradients: Any) -> Any:
+        raise LifeCycleError(
+            f"the backward of a low-rank {layer} cannot be differentiated again "
+            "(create_graph=True); for gradient penalties and Hessians take the dense layer: "
+            "to_dense()"
+        )
+
+    return refuse

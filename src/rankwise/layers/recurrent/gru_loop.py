@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.errors import LifeCycleError
 from rankwise.layers.recurrent import products
-from rankwise.layers.recurrent.codes import chunks
+from rankwise.layers.recurrent.codes import add_up, chunks, no_second
 
 Results = tuple[Tensor, Tensor, Tensor]
 G = 3
@@ -309,11 +308,7 @@ class _Backward:
             products.column_sums(self.factors[:count].flatten(0, 1)),
             products.multiply(dq, before.flatten(0, 1).t()),
         )
-        if not self.totals:
-            self.totals = [part.to(self.h0.dtype) for part in parts]
-            return
-        for total, part in zip(self.totals, parts, strict=True):
-            total.add_(part)
+        self.totals = add_up(self.totals, parts, self.h0.dtype)
 
 
 @_backward.register_fake
@@ -340,12 +335,5 @@ def _differentiate(ctx: Any, d_output: Tensor | None, *_: Any) -> Any:
     return None if not wants_input else results[0], *results[1:], None, None, None
 
 
-def _no_second(ctx: Any, *_: Any) -> Any:
-    raise LifeCycleError(
-        "the backward of a low-rank GRU cannot be differentiated again (create_graph=True); for "
-        "gradient penalties and Hessians take the dense layer: to_dense()"
-    )
-
-
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_no_second)
+_backward.register_autograd(no_second("GRU"))

@@ -29,9 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.errors import LifeCycleError
 from rankwise.layers.recurrent import products
-from rankwise.layers.recurrent.codes import chunks, ends
+from rankwise.layers.recurrent.codes import add_up, chunks, ends, no_second
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 G = 4  # i, f, g, o
@@ -341,11 +340,7 @@ class _Backward:
             dz, before = dz[int(start == 0) :], self.output[max(start - 1, 0) : end - 1]
         of_v = products.multiply(dz.flatten(0, 1).t(), before.flatten(0, 1).t())
         parts = (of_u, products.column_sums(self.factors[:count].flatten(0, 1)), of_v)
-        if not self.totals:
-            self.totals = [part.to(self.cells.dtype) for part in parts]
-            return
-        for total, part in zip(self.totals, parts, strict=True):
-            total.add_(part)
+        self.totals = add_up(self.totals, parts, self.cells.dtype)
 
 
 @_backward.register_fake
@@ -371,12 +366,5 @@ def _differentiate(ctx: Any, d_output: Tensor | None, d_last: Tensor | None, *_:
     return None if not wanted else results[0], *results[1:], None, None, None, None
 
 
-def _no_second(ctx: Any, *_: Any) -> Any:
-    raise LifeCycleError(
-        "the backward of a low-rank LSTM cannot be differentiated again (create_graph=True); for "
-        "gradient penalties and Hessians take the dense layer: to_dense()"
-    )
-
-
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_no_second)
+_backward.register_autograd(no_second("LSTM"))
