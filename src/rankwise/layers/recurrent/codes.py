@@ -15,14 +15,25 @@ from torch import Tensor
 from rankwise.errors import LifeCycleError
 
 # Rows (steps times batch) that are worked on at once: what is as wide as all gates is made for
-# those alone and stays in the cache. Of 64 to 4096, 256 to 512 were the best at every width; 512
-# has fewer calls: 3 % of a training step at 256 and 650 units.
-ROWS = 512
+# those alone and stays in the cache. Of 64 to 4096, 256 to 512 were the best at every width. 512
+# have fewer calls, 3 % of a training step at 256 units; wide slabs (SLAB numbers and more) do not
+# gain by them, and take memory: half as many there.
+ROWS, SLAB = 512, 1 << 20
 
 
-def chunks(steps: int, batch: int, *, backwards: bool) -> tuple[int, list[tuple[int, int]]]:
-    """Ranges of steps of about ROWS rows, in the order in which they are run, and the longest."""
-    length = min(steps, max(1, ROWS // max(1, batch)))
+def chunks(
+    steps: int, batch: int, width: int, *, backwards: bool
+) -> tuple[int, list[tuple[int, int]]]:
+    """Ranges of steps in the order in which they are run, and the longest.
+
+    Args:
+        steps: T.
+        batch: B.
+        width: of a slab, the gradients of all gates.
+        backwards: from the last step to the first.
+    """
+    rows = min(ROWS, max(ROWS // 2, SLAB // width))
+    length = min(steps, max(1, rows // max(1, batch)))
     ranges = [(start, min(start + length, steps)) for start in range(0, steps, length)]
     return length, ranges[::-1] if backwards else ranges
 

@@ -117,7 +117,7 @@ def _loop(
     output, slab, codes = kept
     (steps, batch, hidden), (width_x, width) = output.shape, (zx.shape[2], len(v))
     (ux, uh, bx, bh), mixed = weights, zx.dtype != h0.dtype
-    length, ranges = chunks(steps, batch, backwards=reverse)
+    length, ranges = chunks(steps, batch, 4 * hidden, backwards=reverse)
     from_x = products.of_gates(ux, G, length * batch, width_x, bx)
     from_h = products.of_gates(uh, G, batch, width, bh)
     to_codes = products.product(v * 2, batch)
@@ -194,7 +194,7 @@ class _Backward:
         (steps, batch, self.hidden), width = self.output.shape, len(v)
         width_x = self.codes.shape[2] - width
         self.zx, self.q = self.codes[..., :width_x], self.codes[..., width_x:]
-        self.length, self.ranges = chunks(steps, batch, backwards=not reverse)
+        self.length, self.ranges = chunks(steps, batch, 4 * self.hidden, backwards=not reverse)
         rows, self.mixed = self.length * batch, v.dtype != h0.dtype
         self.from_x = self.from_h = None
         if not len(self.slab):

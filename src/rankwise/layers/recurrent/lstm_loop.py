@@ -121,7 +121,7 @@ def _loop(
     """Run all steps: fill the outputs, and of 2 c, gates and codes those that are not empty."""
     output, cells, slab, codes = kept
     (steps, batch, hidden), (width_x, width) = output.shape, (zx.shape[2], len(v))
-    length, ranges = chunks(steps, batch, backwards=reverse)
+    length, ranges = chunks(steps, batch, G * hidden, backwards=reverse)
     step = products.Steps(zx, ux, uh, bias, G, length * batch, width)
     encode = products.into(-v, batch)
     if step.joined and not len(codes):
@@ -205,7 +205,7 @@ class _Backward:
         (steps, batch, hidden), width = self.output.shape, len(v)
         width_x = self.codes.shape[2] - width
         self.zx, self.zh = self.codes[..., :width_x], self.codes[..., width_x:]
-        self.length, self.ranges = chunks(steps, batch, backwards=not reverse)
+        self.length, self.ranges = chunks(steps, batch, G * hidden, backwards=not reverse)
         rows, state = self.length * batch, self.cells.new_empty
         self.from_x = self.from_z = None
         if not len(self.slab):
