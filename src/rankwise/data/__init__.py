@@ -9,13 +9,15 @@ from typing import Literal, overload
 from rankwise.data import cifar, folder, idx, imagenet
 from rankwise.data.augment import AUGMENTS
 from rankwise.data.cifar import find_cifar
+from rankwise.data.documents import PUBLISHED
 from rankwise.data.folder import Files, find_folder
 from rankwise.data.idx import load_idx
 from rankwise.data.imagenet import find_imagenet
-from rankwise.data.lengths import IGNORED
+from rankwise.data.lengths import IGNORED, example
 from rankwise.data.limited import Limited
 from rankwise.data.mnist import load_mnist
 from rankwise.data.pairs import PairSplit, PairSplits, load_pairs
+from rankwise.data.passing import PassingSplit, PassingSplits, load_stream
 from rankwise.data.pathmnist import load_pathmnist
 from rankwise.data.splits import (
     DataSet,
@@ -24,7 +26,6 @@ from rankwise.data.splits import (
     Split,
     Splits,
     batches,
-    example,
     read,
     steps_per_epoch,
 )
@@ -43,6 +44,8 @@ __all__ = [
     "Limited",
     "PairSplit",
     "PairSplits",
+    "PassingSplit",
+    "PassingSplits",
     "Source",
     "Split",
     "Splits",
@@ -53,9 +56,11 @@ __all__ = [
     "batches",
     "example",
     "is_pairs",
+    "is_stream",
     "is_text",
     "load",
     "load_pairs",
+    "load_stream",
     "load_text",
     "read",
     "steps_per_epoch",
@@ -122,6 +127,15 @@ DATA: dict[str, Source] = {
         "2.1 million words to train with tokens=words",
         task="language modelling",
     ),
+    "c4": Source(
+        description="C4, English web pages, streamed from the Hugging Face Hub or from JSON lines "
+        "(:PATH); a pass is tokens_per_epoch tokens",
+        task="language modelling",
+    ),
+    "cnn-dailymail": Source(
+        description="articles of CNN and Daily Mail, streamed alike (or :PATH)",
+        task="language modelling",
+    ),
     "pairs:PATH": Source(
         description="translation: a file with a source, a tab and its target per line, or a folder "
         "of train.de, train.en, val.de, ... with languages=de-en",
@@ -138,6 +152,11 @@ DATA: dict[str, Source] = {
 def is_text(name: str) -> bool:
     """Whether a data set's name is that of a text, for `load_text`, and not of images."""
     return _task(name) == "language modelling"
+
+
+def is_stream(name: str) -> bool:
+    """Whether a data set's name is that of documents that are streamed, for `load_stream`."""
+    return name.partition(":")[0] in PUBLISHED
 
 
 def is_pairs(name: str) -> bool:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from rankwise.data.subwords import Subwords, subwords
 from rankwise.data.vocabulary import UNKNOWN, WORDS
 from rankwise.errors import DataError
 
@@ -106,10 +107,38 @@ class Parts:
         return self._between.join(self._pattern.findall(line))
 
 
+class Subworded:
+    """Subwords, their numbers behind those of `SPECIAL`: every line can be read."""
+
+    def __init__(self, code: Subwords) -> None:
+        self._code = code
+        self.classes = (*SPECIAL, *code.classes)
+
+    def encode(self, line: str) -> list[int]:
+        """A number a subword."""
+        return [len(SPECIAL) + number for number in self._code.encode(line).tolist()]
+
+    def decode(self, numbers: Iterable[int]) -> str:
+        """The text of the subwords."""
+        return self._code.decode(n - len(SPECIAL) for n in numbers if n >= len(SPECIAL))
+
+    def written(self, line: str) -> str:
+        """The line as the subwords give it back: a tokenizer may change case or spaces."""
+        return self._code.decode(self._code.encode(line).tolist())
+
+
 _CHARACTER = re.compile(".", re.DOTALL)
 
 
-def coding(level: str, lines: Sequence[str], *, min_count: int, name: str) -> Coding:
+def coding(
+    level: str,
+    lines: Sequence[str],
+    *,
+    min_count: int,
+    name: str,
+    vocabulary: int = 8_000,
+    tokenizer: str | None = None,
+) -> Coding:
     """The coding of this level, its vocabulary from the lines that train.
 
     Args:
@@ -117,7 +146,11 @@ def coding(level: str, lines: Sequence[str], *, min_count: int, name: str) -> Co
         lines: of both sides of the training part.
         min_count: of words, how often they must occur; of characters every one is kept.
         name: of the data, for messages.
+        vocabulary: subwords to learn.
+        tokenizer: a tokenizer.json to take instead.
     """
     if level == "bytes":
         return Bytes()
+    if level == "bpe":
+        return Subworded(subwords(lines, vocabulary=vocabulary, tokenizer=tokenizer))
     return Parts(lines, level, min_count if level == "words" else 1, name)

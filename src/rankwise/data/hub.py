@@ -49,6 +49,33 @@ def load(name: str, repository: str, *configuration: str, instead: str) -> Any:
         ) from error
 
 
+def rows(
+    name: str, repository: str, *configuration: str, part: str, skip: int, instead: str
+) -> Iterator[Mapping[str, Any]]:
+    """The rows of one part, streamed: read as they are asked for, never all at once.
+
+    Args:
+        name: how messages call it.
+        repository: OWNER/NAME on the Hub.
+        configuration: which of its forms.
+        part: the Hub's name of the part.
+        skip: rows to leave out at the beginning.
+        instead: as of `load`.
+
+    Raises:
+        DataError: the package is missing, or the Hub cannot be reached, then or later.
+    """
+    datasets = _package(name, repository, instead)
+    try:
+        found = datasets.load_dataset(repository, *configuration, split=part, streaming=True)
+        yield from found.skip(skip) if skip else found
+    except Exception as error:  # of network and files, each from a package of its own
+        raise DataError(
+            f"{name} cannot be read from {repository} ({' '.join(str(error).split())[:200]}); "
+            f"where there is no network, {instead}"
+        ) from error
+
+
 def _package(name: str, repository: str, instead: str) -> ModuleType:
     try:
         import datasets  # pyright: ignore[reportMissingImports]

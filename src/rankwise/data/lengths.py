@@ -5,10 +5,13 @@ Shapes: `N` examples, `B` of a batch.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from rankwise.data.splits import Examples, Inputs
 
 # A target that is none: torch's losses leave it out.
 IGNORED = -100
@@ -49,6 +52,14 @@ def alike(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.Gene
     return batches[torch.randperm(len(batches), generator=generator)].flatten()
 
 
-def middle(lengths: Tensor) -> int:
-    """The number of an example of median length."""
-    return int(lengths.argsort(stable=True)[len(lengths) // 2])
+def example(split: Examples) -> tuple[Inputs, int]:
+    """What sizes are counted for: one example, of median length where they differ.
+
+    Returns:
+        The inputs, of one example, and the units that it predicts.
+    """
+    number = 0
+    if isinstance(split, Uneven):
+        number = int(split.lengths.argsort(stable=True)[len(split) // 2])
+    inputs, targets = split.take(torch.tensor([number]))
+    return inputs, int((targets != IGNORED).sum())

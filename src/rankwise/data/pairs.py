@@ -149,6 +149,8 @@ def load_pairs(
     level: str = "words",
     min_count: int = 2,
     languages: str | None = None,
+    vocabulary: int = 8_000,
+    tokenizer: str | None = None,
 ) -> PairSplits:
     """Read a text in pairs into memory.
 
@@ -157,9 +159,11 @@ def load_pairs(
             tenth tests, the one before validates); or of a folder with train.de, train.en,
             val.de, ... ; or `multi30k`, also with the folder of its files behind a colon.
         context: tokens of a side at most in the pairs that train, end marks among them.
-        level: "bytes", "characters" or "words".
+        level: "bytes", "characters", "words" or "bpe".
         min_count: how often a word must occur in the training part, both sides together.
         languages: source and target, "de-en"; needed where a folder has no first and second one.
+        vocabulary: subwords to learn from both sides of the training part, at least 257.
+        tokenizer: a tokenizer.json to take instead of learning.
 
     Raises:
         OptionError: an unknown name or level, a number below 1, or languages that are missing or
@@ -176,7 +180,8 @@ def load_pairs(
         if not part:
             raise DataError(f"{name}: its {what} part has no pairs of lines that are not empty")
     lines = [line for pair in parts[0] for line in pair]
-    code = coding(level, lines, min_count=min_count, name=name)
+    sizes = {"min_count": min_count, "vocabulary": vocabulary}
+    code = coding(level, lines, name=name, tokenizer=tokenizer, **sizes)
     split = [_split(part, code, references=number > 0) for number, part in enumerate(parts)]
     train = _within(split[0], context)
     if not len(train):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rankwise.data.augment import Augment, draws
-from rankwise.data.lengths import IGNORED, Uneven, alike, middle
+from rankwise.data.lengths import Uneven, alike
 from rankwise.errors import DataError, OptionError
 
 # Which images validate and test is part of the data set, so no run's seed touches it.
@@ -48,7 +48,7 @@ class Examples(Protocol):
         """Inputs and targets of these examples (B,), stacked; targets may be `IGNORED`."""
         ...
 
-    def for_epoch(self, draw: int, streams: int = 0) -> Self:
+    def for_epoch(self, draw: int, streams: int = 0) -> Examples:
         """The examples of one pass.
 
         Args:
@@ -64,6 +64,15 @@ class ReadAhead(Protocol):
 
     def ahead(self, order: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """What `take` gives for each of these batches, one after the other."""
+        ...
+
+
+@runtime_checkable
+class InPasses(Protocol):
+    """Examples of which every pass reads others."""
+
+    def for_pass(self, epoch: int) -> Examples:
+        """Those of one pass, from 0."""
         ...
 
 
@@ -271,6 +280,7 @@ def batches(
         raise OptionError(f"start={start}; an epoch of this split has {steps} batches")
     if seed < 0 or epoch < 0:
         raise OptionError(f"seed={seed}, epoch={epoch}; neither may be negative")
+    split = split.for_pass(epoch) if isinstance(split, InPasses) else split
     # A number apart from the order's, so that the one says nothing of the other.
     part = split.for_epoch(_drawn(seed, epoch, 1), batch_size if streams else 0)
     if streams:
@@ -302,17 +312,6 @@ def _order(
 ) -> Iterator[Tensor]:
     for step in range(start, steps):
         yield order[step * batch_size : (step + 1) * batch_size][worker::workers]
-
-
-def example(split: Examples) -> tuple[Inputs, int]:
-    """What sizes are counted for: one example, of median length where they differ.
-
-    Returns:
-        The inputs, of one example, and the units that it predicts.
-    """
-    number = middle(split.lengths) if isinstance(split, Uneven) else 0
-    inputs, targets = split.take(torch.tensor([number]))
-    return inputs, int((targets != IGNORED).sum())
 
 
 def _drawn(*numbers: int) -> int:

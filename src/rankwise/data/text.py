@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rankwise.data.vocabulary import LEVELS, numbered, without_rare_words
+from rankwise.data.subwords import subwords
+from rankwise.data.vocabulary import LEVELS, decoded, numbered, without_rare_words
 from rankwise.data.wikitext import NAME as WIKITEXT
 from rankwise.data.wikitext import load_wikitext
 from rankwise.errors import DataError, OptionError, unknown
@@ -100,7 +102,13 @@ class TextSplits:
 
 
 def load_text(
-    name: str, *, context: int = 128, level: str = "bytes", min_count: int = 2
+    name: str,
+    *,
+    context: int = 128,
+    level: str = "bytes",
+    min_count: int = 2,
+    vocabulary: int = 8_000,
+    tokenizer: str | None = None,
 ) -> TextSplits:
     """Read a text into memory.
 
@@ -112,10 +120,13 @@ def load_text(
         name: `shakespeare`; `text:` and the path of a file; or `wikitext-2`, also with the folder
             of its files behind a colon.
         context: tokens of a window, at least 1.
-        level: "bytes" (256 tokens, any file), "characters" (the ones that occur; UTF-8), or
-            "words" (with punctuation marks and line ends as words of their own; UTF-8).
+        level: "bytes" (256 tokens, any file), "characters" (the ones that occur; UTF-8),
+            "words" (with punctuation marks and line ends as words of their own; UTF-8), or "bpe"
+            (subwords of the training part, UTF-8; needs the package tokenizers).
         min_count: how often a word must occur in the training part, at least once; rarer ones are
             `<unk>`. At 1 a text that has none of its own never trains that token.
+        vocabulary: subwords to learn, at least 257.
+        tokenizer: a tokenizer.json to take instead of learning.
 
     Raises:
         OptionError: an unknown name or level, no path, or a number below 1.
@@ -133,8 +144,11 @@ def load_text(
         works = load_wikitext(name.partition(":")[2], words=level == "words")
     else:
         works = _shakespeare() if name == "shakespeare" else [_file(name)]
-    coded, classes = numbered(works, level, name, tokenised=published)
-    parts = tuple(coded) if published else _cut(coded)
+    if level == "bpe":
+        parts, classes = _subwords(works, published, vocabulary, tokenizer, name)
+    else:
+        coded, classes = numbered(works, level, name, tokenised=published)
+        parts = tuple(coded) if published else _cut(coded)
     if level == "words":
         parts, classes = without_rare_words(parts, classes, min_count, name)
     train, validation, test = (TextSplit(part, context) for part in parts)
@@ -152,6 +166,21 @@ def load_text(
         test=test,
         checksum=hashlib.sha256(b"".join(works)).hexdigest()[:16],
     )
+
+
+def _subwords(
+    works: Sequence[bytes], published: bool, vocabulary: int, tokenizer: str | None, name: str
+) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    """The parts as subwords, those of the training part, and what the numbers mean."""
+    if not published:
+        # Cut as characters, so that the parts are those of every other kind of token.
+        coded, characters = numbered(works, "characters", name)
+        alphabet = np.array(characters)
+        texts = ["".join(alphabet[part.numpy()]) for part in _cut(coded)]
+    else:
+        texts = [decoded(work, name) for work in works]
+    code = subwords(texts[:1], vocabulary=vocabulary, tokenizer=tokenizer)
+    return tuple(code.encode(text) for text in texts), code.classes
 
 
 def _cut(works: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

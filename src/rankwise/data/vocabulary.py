@@ -1,4 +1,4 @@
-"""What the tokens of a text are: its bytes, its characters, or its words.
+"""What the tokens of a text are: its bytes, its characters, or its words; subwords are elsewhere.
 
 Shapes: `L` tokens of a work or part.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankwise.errors import DataError
 
-LEVELS = ("bytes", "characters", "words")
+LEVELS = ("bytes", "characters", "words", "bpe")
 UNKNOWN, LINE_END = "<unk>", "<eos>"
 
 # A line end, a token in angle brackets, a word with its apostrophes, or any other mark.
@@ -28,7 +28,7 @@ def numbered(
 
     Args:
         works: as read.
-        level: one of `LEVELS`.
+        level: one of `LEVELS` but bpe.
         name: of the text, for messages.
         tokenised: words are what stands between white space.
 
@@ -39,7 +39,7 @@ def numbered(
         classes = tuple(chr(number) for number in range(256))
         coded = [torch.from_numpy(np.frombuffer(work, dtype=np.uint8).copy()) for work in works]
         return coded, classes
-    texts = [_decoded(work, name) for work in works]
+    texts = [decoded(work, name) for work in works]
     if level == "characters":
         known = sorted(set().union(*texts))
         return [_characters(text, known) for text in texts], tuple(known)
@@ -90,7 +90,12 @@ def _words(text: str, tokenised: bool) -> list[str]:
     return [LINE_END if word == "\n" else word for word in WORDS.findall(text)]
 
 
-def _decoded(content: bytes, name: str) -> str:
+def decoded(content: bytes, name: str) -> str:
+    """UTF-8 as text.
+
+    Raises:
+        DataError: it is none.
+    """
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

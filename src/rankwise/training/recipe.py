@@ -62,10 +62,19 @@ class Recipe:
     )
     context: int = option(128, "tokens in a window of text", at_least=1)
     tokens: str = option(
-        "bytes", "what a text is read as", choices=("bytes", "characters", "words")
+        "bytes", "what a text is read as", choices=("bytes", "characters", "words", "bpe")
+    )
+    vocabulary: int = option(
+        8_000, "subwords that tokens=bpe learns from the training part, at least 257", at_least=1
+    )
+    tokenizer: str | None = option(
+        None, "a tokenizer.json whose subwords tokens=bpe takes (none: learned)"
     )
     min_count: int = option(
         2, "times that a word occurs in the training part; rarer ones are <unk>", at_least=1
+    )
+    tokens_per_epoch: int | None = option(
+        None, "tokens that make a pass over a streamed text (none: 2,097,152)", at_least=1
     )
     languages: str | None = option(
         None, "of texts in pairs: source and target with a dash between, as in de-en"

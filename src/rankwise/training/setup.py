@@ -61,20 +61,19 @@ def load_data(recipe: Recipe, progress: Callable[[int, int], None] | None = None
         OptionError: an unknown name, or options that the data cannot have.
         DataError: the data are missing or malformed.
     """
-    reading = {"context": recipe.context, "level": recipe.tokens, "min_count": recipe.min_count}
-    text = data.is_text(recipe.data) or data.is_pairs(recipe.data)
-    if text and (recipe.augment != "none" or recipe.stream):
-        raise OptionError(
-            f"{recipe.data} is text: augment={recipe.augment!r} and stream={recipe.stream} are "
-            "for images; leave them out"
-        )
+    pairs, streamed = data.is_pairs(recipe.data), data.is_stream(recipe.data)
+    idle = {
+        "languages": "no text in pairs" if not pairs else "",
+        "tokens_per_epoch": "no stream of documents" if not streamed else "",
+        "tokenizer": f"read as {recipe.tokens}, not bpe" if recipe.tokens != "bpe" else "",
+        "limit": "a stream; tokens_per_epoch says how much a pass reads" if streamed else "",
+    }
+    for name, why in idle.items():
+        if why and getattr(recipe, name) is not None:
+            raise OptionError(f"{name}={getattr(recipe, name)}: {recipe.data} is {why}")
     whole: data.DataSet
-    if data.is_pairs(recipe.data):
-        whole = data.load_pairs(recipe.data, languages=recipe.languages, **reading)
-    elif recipe.languages is not None:
-        raise OptionError(f"languages={recipe.languages}: {recipe.data} is no text in pairs")
-    elif text:
-        whole = data.load_text(recipe.data, **reading)
+    if pairs or data.is_text(recipe.data):
+        whole = _load_text(recipe)
     else:
         whole = data.load(
             recipe.data,
@@ -85,6 +84,24 @@ def load_data(recipe: Recipe, progress: Callable[[int, int], None] | None = None
             progress=progress,
         )
     return whole if recipe.limit is None else data.Limited(whole, recipe.limit)
+
+
+def _load_text(recipe: Recipe) -> data.DataSet:
+    if recipe.augment != "none" or recipe.stream:
+        raise OptionError(
+            f"{recipe.data} is text: augment={recipe.augment!r} and stream={recipe.stream} are "
+            "for images; leave them out"
+        )
+    reading: dict[str, Any] = {"context": recipe.context, "level": recipe.tokens}
+    reading |= {"vocabulary": recipe.vocabulary, "tokenizer": recipe.tokenizer}
+    if data.is_stream(recipe.data):
+        if recipe.tokens_per_epoch is not None:
+            reading["tokens_per_epoch"] = recipe.tokens_per_epoch
+        return data.load_stream(recipe.data, **reading)
+    reading["min_count"] = recipe.min_count
+    if data.is_pairs(recipe.data):
+        return data.load_pairs(recipe.data, languages=recipe.languages, **reading)
+    return data.load_text(recipe.data, **reading)
 
 
 def build_model(recipe: Recipe, splits: data.DataSet, device: torch.device) -> nn.Module:
