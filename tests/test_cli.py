@@ -44,7 +44,7 @@ def small_images(monkeypatch):
         test=planted(2, 64),
         checksum="0123456789abcdef",
     )
-    monkeypatch.setattr(data, "images", lambda name, **_: splits)
+    monkeypatch.setattr(data, "load", lambda name, **_: splits)
 
 
 def program(*arguments: str) -> list[str]:

@@ -742,7 +742,7 @@ def test_a_run_of_this_version_is_told(method, tmp_path, monkeypatch, capsys):
         test=planted(2, 64),
         checksum="0123456789abcdef",
     )
-    monkeypatch.setattr(data, "images", lambda name, **_: splits)
+    monkeypatch.setattr(data, "load", lambda name, **_: splits)
     line = (
         f"train --model mlp-128x4 --epochs 4 --batch-size 32 --method {method} --out {tmp_path}/r"
     )

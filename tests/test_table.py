@@ -38,7 +38,7 @@ def place(monkeypatch, tmp_path):
         test=planted(2, 64),
         checksum="0123456789abcdef",
     )
-    monkeypatch.setattr(data, "images", lambda name, **_: splits)
+    monkeypatch.setattr(data, "load", lambda name, **_: splits)
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
         Path(f"{name}.toml").write_text(RECIPE)

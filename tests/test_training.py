@@ -45,7 +45,7 @@ def small_images(monkeypatch, tmp_path):
         test=planted(2, 64),
         checksum="0123456789abcdef",
     )
-    monkeypatch.setattr(data, "images", lambda name, **_: splits)
+    monkeypatch.setattr(data, "load", lambda name, **_: splits)
     monkeypatch.chdir(tmp_path)
 
 
@@ -249,10 +249,10 @@ def test_a_network_factorized_from_the_start_has_no_dense_step_time():
 
 def test_the_test_images_decide_nothing(monkeypatch):
     first = train(recipe(out="first"))
-    splits = data.images("planted")
+    splits = data.load("planted")
     other = data.Split(splits.test.images.flip(0), splits.test.labels)
     changed = data.Splits(**{**vars(splits), "test": other})
-    monkeypatch.setattr(data, "images", lambda name, **_: changed)
+    monkeypatch.setattr(data, "load", lambda name, **_: changed)
     second = train(recipe(out="second"))
     assert first.test_loss != second.test_loss
     assert_close(end_state("first"), end_state("second"), rtol=0, atol=0)
@@ -290,8 +290,8 @@ def test_another_recipe_is_refused_with_every_field_that_differs():
 def test_other_images_are_refused(monkeypatch):
     with pytest.raises(Interrupted):
         train(recipe(out="out"), report=StopAt(3))
-    changed = data.Splits(**{**vars(data.images("planted")), "checksum": "f" * 16})
-    monkeypatch.setattr(data, "images", lambda name, **_: changed)
+    changed = data.Splits(**{**vars(data.load("planted")), "checksum": "f" * 16})
+    monkeypatch.setattr(data, "load", lambda name, **_: changed)
     with pytest.raises(CheckpointError, match="other images: planted has the checksum ffff"):
         train(recipe(out="out"), resume="out")
 
@@ -407,10 +407,10 @@ def test_a_run_whose_weights_overflow_stops_before_they_are_saved():
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(monkeypatch):
-    whole = data.images("planted")
+    whole = data.load("planted")
     broken = data.Split(whole.validation.images * float("nan"), whole.validation.labels)
     splits = dataclasses.replace(whole, validation=broken)
-    monkeypatch.setattr(data, "images", lambda name, **_: splits)
+    monkeypatch.setattr(data, "load", lambda name, **_: splits)
     with pytest.raises(NonFiniteLossError, match=r"validation loss became nan after epoch 1;"):
         train(recipe(out="out", method="dense", method_options={}))
     assert not list(Path("out").glob("step-*"))
