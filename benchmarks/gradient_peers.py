@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -26,6 +27,7 @@ def galore_torch(
     rank: int,
     every: int,
     lr: float = 1e-3,
+    sides: str = "std",
 ) -> Optimizer:
     """GaLore's AdamW as published, with scale 1/4.
 
@@ -35,11 +37,12 @@ def galore_torch(
         rank: of the projection.
         every: steps between two SVDs.
         lr: learning rate.
+        sides: "std" for the shorter one, "full" for both.
 
     Raises:
         SystemExit: the package is missing; says how to install it.
     """
-    projected = {"rank": rank, "update_proj_gap": every, "scale": 0.25, "proj_type": "std"}
+    projected = {"rank": rank, "update_proj_gap": every, "scale": 0.25, "proj_type": sides}
     make = _adamw("galore_torch", "adamw")
     return make(_groups(matrices, others, projected), lr=lr, no_deprecation_warning=True)
 
@@ -51,13 +54,25 @@ def apollo_torch(
     rank: int,
     every: int,
     lr: float = 1e-3,
+    **options: Any,
 ) -> Optimizer:
-    """APOLLO's AdamW as published, channel-wise with scale 1; arguments as for `galore_torch`."""
+    """APOLLO's AdamW as published, channel-wise with scale 1; arguments as for `galore_torch`.
+
+    Further options are those of their constructor.
+    """
     projected = {
         **{"rank": rank, "update_proj_gap": every, "scale": 1.0, "proj_type": "std"},
         **{"proj": "random", "scale_type": "channel"},
     }
-    return _adamw("apollo_torch", "apollo")(_groups(matrices, others, projected), lr=lr)
+    return _adamw("apollo_torch", "apollo")(_groups(matrices, others, projected), lr=lr, **options)
+
+
+def give_projection(optimizer: Optimizer, weight: Parameter, matrix: Tensor, rank: int) -> None:
+    """Have APOLLO's AdamW project a weight's gradient by a matrix, (R, N) or (M, R), for ever."""
+    projector = sys.modules["apollo_torch.apollo"].GradientProjector(rank)
+    projector.ortho_matrix = matrix
+    projector.update_ortho_matrix = lambda *_, **__: None
+    optimizer.state[weight]["projector"] = projector
 
 
 def _groups(

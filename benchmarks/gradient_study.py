@@ -29,8 +29,8 @@ ROWS = {
     "Fira": Row("fira", rates(1.6e-2), GALORE),
     "APOLLO": Row("apollo", rates(8e-3), GALORE),
     "LDAdam": Row("ldadam", rates(4e-3), {"rank": RANK}),
-    "Q-GaLore": Row("qgalore", rates(1.6e-2), GALORE),
-    "Q-GaLore, 8-bit weights": Row("qgalore", rates(1.6e-2), {**GALORE, "weight_bits": 8}),
+    "Q-GaLore": Row("qgalore", rates(3.2e-2), GALORE),
+    "Q-GaLore, 8-bit weights": Row("qgalore", rates(3.2e-2), {**GALORE, "weight_bits": 8}),
     "tracked": Row("tracked", rates(1.6e-2), {"rank": RANK}),
     "tracked, residual": Row("tracked", rates(1.6e-2), {"rank": RANK, "residual": True}),
 }

@@ -236,6 +236,10 @@ class Row:
     def median(self, side: str) -> float:
         return statistics.median(self.steps[side])
 
+    def _median_of(self, refreshing: bool) -> float:
+        pairs = zip(self.sequence, self.refreshed, strict=True)
+        return statistics.median(time for time, count in pairs if (count > 0) == refreshing)
+
     def figures(self) -> dict[str, float]:
         """The ratios that goals are stated for."""
         peer = self.median("galore-torch") + self.refresh["galore-torch, SVD"] / PERIOD
@@ -251,6 +255,7 @@ class Row:
             "SVD / rotated refresh": self.refresh["galore-torch, SVD"]
             / self.refresh["warm, rotated"],
             "slowest / median step": max(self.sequence) / statistics.median(self.sequence),
+            "step with / without refresh": self._median_of(True) / self._median_of(False),
             "APOLLO / apollo-torch": self.median("APOLLO") / self.median("apollo-torch"),
             "tracked / GaLore": self.median("tracked") / self.median("GaLore"),
             **{f"share, {k}": v / (v + self.forward_backward) for k, v in self.whole.items()},
@@ -441,7 +446,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         options.models, options.repeats, options.sequence, options.refreshes = (
             ["llama-tiny"],
             2,
-            5,
+            20,
             2,
         )
     return options

@@ -128,6 +128,22 @@ def test_our_side_projects_and_steps_like_a_backward_would(times):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["GaLore", "GaLore, two-sided", "APOLLO"])
+def test_the_published_programs_are_given_the_same_bases(monkeypatch, name, tmp_path):
+    equality = benchmark("gradient_equality", monkeypatch)
+    for package in ("galore_torch", "apollo_torch"):
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    monkeypatch.setattr(equality, "CONTEXT", 16)
+    monkeypatch.setattr(equality, "EVERY", 2)
+    path = tmp_path / "text.txt"
+    path.write_text("Who goes there? Stand, and unfold yourself to the watch. " * 200)
+    splits = equality.data.load_text(f"text:{path}", context=16)
+    (found,) = equality.compare(name, splits, "llama-tiny", rank=32, steps=3)
+    assert found["largest move"] > 2e-3
+    assert found["largest difference"] < 2e-6
+
+
 def test_the_figures_are_ratios_of_medians_and_amortise_the_refresh(times):
     row = times.Row(
         model="m",
@@ -156,6 +172,7 @@ def test_the_figures_are_ratios_of_medians_and_amortise_the_refresh(times):
     assert figures["SVD / refresh"] == pytest.approx(20)
     assert figures["SVD / rotated refresh"] == pytest.approx(10)
     assert figures["slowest / median step"] == pytest.approx(1.2)
+    assert figures["step with / without refresh"] == pytest.approx(1.2)
     assert figures["share, GaLore"] == pytest.approx(0.011)
     assert set(times.GOALS) <= set(figures)
 
