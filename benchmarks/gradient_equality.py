@@ -3,14 +3,14 @@
     pip install --no-deps galore-torch==1.0 apollo-torch==1.0.3
     python benchmarks/gradient_equality.py --data text:FILE [--json FILE]
 
-Two copies of the network, with two of its eight blocks, read the same bytes for 200 steps of 8
+Two copies of the network, with one of its eight blocks, read the same bytes for 200 steps of 8
 windows of 64 tokens, four times the rank of 128; one is stepped by the published AdamW, one by
 torch's within our engine. Both have the same bases: GaLore's are those that galore-torch finds
 (twice, a hundred steps apart), APOLLO's random ones are ours. Moments are kept as they are at a new
 basis. Epsilon is given to theirs so that it means the same (they add it before the bias
 correction), and APOLLO's limiter, which counts norms before that correction, is off on both sides.
 Shown is how far the weights are apart: the largest difference of an entry, and of a parameter in
-units of how far it has come.
+units of how far it has come. A call with --json FILE goes on with the pairs that the file lacks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from rankwise.methods.galore import GaLore
 from rankwise.training import environment
 
 RESULTS = Path(__file__).parent / "results"
-BLOCKS, RANK, EVERY, STEPS, BATCH, CONTEXT = 2, 128, 100, 200, 8, 64
+BLOCKS, RANK, EVERY, STEPS, BATCH, CONTEXT = 1, 128, 100, 200, 8, 64
 RATE, GAP = 1e-3, 1e-4
 NEVER = 2**62
 
@@ -176,8 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     splits, now = data.load_text(options.data, context=CONTEXT), datetime.now(UTC)
     network, rank, steps = ("llama-tiny", 32, 3) if options.smoke else ("llama-60m", RANK, STEPS)
-    pairs = {name: compare(name, splits, network, rank, steps) for name in options.pairs}
-    record = {
+    record: dict[str, Any] = {
         "date": now.isoformat(timespec="seconds"),
         "commit": environment.commit(),
         "versions": environment.versions(),
@@ -190,13 +189,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             "tokens": BATCH * CONTEXT,
             "every": EVERY,
         },
-        "pairs": pairs,
+        "pairs": {},
     }
-    if not options.smoke:
-        path = options.json or RESULTS / f"gradient-equality-{now:%Y-%m-%dT%H%M%SZ}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"\nwritten: {path}")
+    path = options.json or RESULTS / f"gradient-equality-{now:%Y-%m-%dT%H%M%SZ}.json"
+    if path.exists() and not options.smoke:
+        record = json.loads(path.read_text())
+    pairs = record["pairs"]
+    for name in options.pairs:
+        if name not in pairs:
+            pairs[name] = compare(name, splits, network, rank, steps)
+            if not options.smoke:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(record, indent=1) + "\n")
     apart = max(found[-1]["largest difference"] for found in pairs.values())
     print(f"largest difference after {steps} steps: {apart:.2g} (goal: at most {GAP:g})")
     return 0 if apart <= GAP else 1

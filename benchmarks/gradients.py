@@ -362,6 +362,16 @@ def refreshes_alone(name: str, threads: int, options: argparse.Namespace) -> dic
     return {"model": name, "rank": rank, "threads": threads, "refresh": found, "figures": ratios}
 
 
+def shares_alone(name: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What part of a training step the whole optimizer step is, without the rest."""
+    torch.set_num_threads(threads)
+    passes, whole = whole_steps(name, RANKS[name], Timer(CLOCKS[options.clock]), 2)
+    shares = {f"share, {k}": v / (v + passes) for k, v in whole.items()}
+    found = {"forward_backward": passes, "whole": whole, "figures": shares}
+    print(f"{name}, {threads} thread(s):", found)
+    return {"model": name, "rank": RANKS[name], "threads": threads, **found}
+
+
 def measure(name: str, threads: int, options: argparse.Namespace) -> Row:
     torch.set_num_threads(threads)
     timer, rank, shapes = Timer(CLOCKS[options.clock]), RANKS[name], shapes_of(name)
@@ -433,6 +443,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--json", type=Path, help="record; benchmarks/results/... by default")
     parser.add_argument("--refreshes-alone", action="store_true", help="nothing but refreshes")
+    parser.add_argument("--shares-alone", action="store_true", help="nothing but whole steps")
     parser.add_argument("--smoke", action="store_true", help="a tiny network, seconds; no record")
     options = parser.parse_args(argv)
     if options.repeats < 5:
@@ -471,6 +482,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for threads, name in itertools.product(options.threads, options.models):
         if options.refreshes_alone:
             rows.append(refreshes_alone(name, threads, options))
+        elif options.shares_alone:
+            rows.append(shares_alone(name, threads, options))
         else:
             row = measure(name, threads, options)
             rows.append({**asdict(row), "figures": row.figures()})

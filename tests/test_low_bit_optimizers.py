@@ -36,9 +36,10 @@ def uncompiled() -> Iterator[None]:
 
 
 @pytest.fixture
-def group() -> Iterator[None]:
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A process group of this process alone: enough for weights to be sharded."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
