@@ -53,13 +53,58 @@ def test_a_name_is_a_library_a_network_and_overrides(text, overrides):
         ("timm:resnet50?=1", "'=1' is no override"),
         ("timm:resnet50?a=1&a=2", "a is given twice"),
         ("gtp2", "did you mean 'gpt2'?"),
-        ("mlp-512x2?layers=3", "mlp-512x2 takes no overrides"),
+        ("mlp-512x2?layers=3", "layers=3 must be a list, such as (512, 512)"),
+        ("vit-cifar?drop=0.1", "vit-cifar: unknown key 'drop'; the closest are dropout"),
+        ("resnet-18?classes=3", "unknown key 'classes'"),
+        ("wrn-28-10?dropout", "'dropout' is no override"),
+        ("lstm-char?hidden=32&hidden=64", "hidden is given twice"),
     ],
 )
 def test_a_malformed_name_is_refused(text, words):
     with pytest.raises(OptionError) as caught:
         models.find(text)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vgg-small?dropout=2", "vgg-small: cannot be built with {'dropout': 2}"),
+        ("resnet-18?blocks=1,1", "blocks=[1, 1], inner"),
+        ("resnet-18?blocks=1,1,1,0", "one whole number for every stage, from 1"),
+        ("vit-cifar?heads=7", "width=512 cannot be shared out over heads=7"),
+        ("lstm-char?cell=rnn", "unknown cell 'rnn'"),
+    ],
+)
+def test_sizes_that_do_not_fit_an_own_network_are_refused(name, words):
+    with pytest.raises(OptionError) as caught:
+        models.build(name)
+    assert words in str(caught.value)
+
+
+def test_the_name_of_an_own_network_may_change_what_its_class_takes():
+    same = models.build("wrn-28-10?depth=10&wide=1&dropout=0.3", input_shape=(1, 8, 8), classes=3)
+    by_hand = models.WideResNet(1, depth=10, wide=1, classes=3)
+    assert {n: p.shape for n, p in same.named_parameters()} == {
+        n: p.shape for n, p in by_hand.named_parameters()
+    }
+    assert [m.p for m in same.modules() if isinstance(m, nn.Dropout)] == [0.3] * 3
+    assert stored(models.build("mlp-512x2?layers=8,8")) == 785 * 8 + 9 * 8 + 9 * 10
+    entry = models.find("lstm-char?hidden=32")
+    usual = models.find("lstm-char")
+    assert (entry.task, entry.classes, entry.input_shape, entry.description) == (
+        usual.task,
+        usual.classes,
+        usual.input_shape,
+        usual.description,
+    )
+    assert models.build("lstm-char").get_parameter("lstm.weight_hh_l0").shape == (1024, 256)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_own_network_tells_which_keys_its_name_takes(name):
+    with pytest.raises(OptionError, match=f"^{name}: unknown key 'depht'; the closest are "):
+        models.find(f"{name}?depht=1")
 
 
 @pytest.mark.parametrize("library", models.LIBRARIES)

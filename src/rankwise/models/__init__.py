@@ -22,7 +22,7 @@ from rankwise.models.entry import CLASSIFICATION, LANGUAGE, OTHER, TRANSLATION, 
 from rankwise.models.mlp import MLP
 from rankwise.models.networks import MODELS
 from rankwise.models.recurrent import RecurrentLanguageModel, Stateful
-from rankwise.models.reference import LIBRARIES, parse
+from rankwise.models.reference import LIBRARIES, Reference, parse, parse_overrides
 from rankwise.models.resnet import ResNet
 from rankwise.models.sizes import SIZES
 from rankwise.models.transformer import Transformer
@@ -60,7 +60,7 @@ __all__ = [
 def find(name: str) -> Model:
     """What is behind a name: a key of `MODELS` or `SIZES`, or LIBRARY:NAME.
 
-    Sizes and libraries take overrides: `llama-7b?num_hidden_layers=4`; see `reference`.
+    Names take overrides: `vit-cifar?dropout=0.1`, `llama-7b?num_hidden_layers=4`; see `reference`.
 
     Raises:
         OptionError: an unknown name or key, with the nearest; or a library that is missing.
@@ -73,10 +73,11 @@ def find(name: str) -> Model:
         return dataclasses.replace(changed, description=SIZES[size].description)
     if ":" in size:
         return _find(name)
-    if "?" in name and size in MODELS:
-        raise OptionError(
-            f"{name}: {size} takes no overrides; sizes ({', '.join(SIZES)}) and LIBRARY:NAME do"
-        )
+    if size in MODELS:
+        change = MODELS[size].change
+        if change is None:
+            raise OptionError(f"{name}: {size} takes no overrides")
+        return change(Reference("", size, parse_overrides(name)))
     raise OptionError(unknown("model", name, (*MODELS, *SIZES)) + "; or LIBRARY:NAME")
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from rankwise.models.reference import Reference
+
 CLASSIFICATION, LANGUAGE = "classification", "language modelling"
 TRANSLATION, OTHER = "translation", "another task"
 
@@ -27,6 +29,7 @@ class Model:
         input_shape: likewise.
         example: called with input_shape: what the network's forward takes by keyword, one of each;
             None if that is one tensor of this shape, float32 or, for language, int64.
+        change: called with a parsed name: the same network with other sizes; None if it takes none.
     """
 
     description: str
@@ -35,3 +38,4 @@ class Model:
     classes: int = 10
     input_shape: tuple[int, ...] = (1, 28, 28)
     example: Callable[[tuple[int, ...]], Mapping[str, Any]] | None = None
+    change: Callable[[Reference], Model] | None = None

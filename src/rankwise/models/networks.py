@@ -1,9 +1,13 @@
-"""The networks of this package by name: plain torch, no other package needed."""
+"""The networks of this package by name: plain torch, no other package needed.
+
+A name may change what its class takes: `wrn-28-10?dropout=0.3`, `vit-cifar?layers=3&patch=8`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,49 +18,92 @@ from rankwise.models.encoder_decoder import EncoderDecoder
 from rankwise.models.entry import LANGUAGE, TRANSLATION, Model
 from rankwise.models.mlp import MLP
 from rankwise.models.recurrent import RecurrentLanguageModel
+from rankwise.models.reference import Reference, arguments
 from rankwise.models.resnet import ResNet
 from rankwise.models.transformer import Transformer
 from rankwise.models.vgg import VGG, VGG_11, VGG_16, VGG_19
 from rankwise.models.vit import ViT
 from rankwise.models.wide_resnet import WideResNet
 
+# Arguments that follow from (classes, input_shape), by class.
+Fit = Callable[[int, tuple[int, ...]], dict[str, Any]]
+_OF_THE_DATA = frozenset({"inputs", "channels", "size", "classes", "vocabulary", "context"})
 
-def _mlp(*layers: int) -> Callable[[int, tuple[int, ...]], nn.Module]:
-    return lambda classes, shape: MLP(math.prod(shape), layers, classes)
 
-
-def _image(
-    what: str,
+def _entry(
+    kind: Callable[..., nn.Module],
+    fit: Fit,
     description: str,
-    build: Callable[[int, tuple[int, int], int], nn.Module],
-    *,
-    input_shape: tuple[int, ...] = (1, 28, 28),
-    outputs: int = 10,
+    sizes: Mapping[str, Any],
+    **usual: Any,
 ) -> Model:
-    """A network that is built from channels, (height, width) and a number of classes."""
-
     def make(classes: int, shape: tuple[int, ...]) -> nn.Module:
+        return kind(**fit(classes, shape), **sizes)
+
+    def change(reference: Reference) -> Model:
+        taken = {k: v for k, v in arguments(kind).items() if k not in _OF_THE_DATA}
+        reference.check({key: sizes.get(key, default) for key, default in taken.items()})
+        changed = _entry(kind, fit, description, {**sizes, **reference.overrides}, **usual)
+        return dataclasses.replace(changed, make=_guarded(changed.make, reference))
+
+    return Model(description=description, make=make, change=change, **usual)
+
+
+def _guarded(make: Callable[..., nn.Module], reference: Reference) -> Callable[..., nn.Module]:
+    def guarded(classes: int, shape: tuple[int, ...]) -> nn.Module:
+        try:
+            return make(classes, shape)
+        except OptionError:
+            raise
+        except Exception as error:  # torch's layers raise anything for what a user has set
+            raise reference.error(
+                f"cannot be built with {dict(reference.overrides)}: {error}"
+            ) from error
+
+    return guarded
+
+
+def _flat(classes: int, shape: tuple[int, ...]) -> dict[str, Any]:
+    return {"inputs": math.prod(shape), "classes": classes}
+
+
+def _image(what: str, *, sized: bool = False) -> Fit:
+    def fit(classes: int, shape: tuple[int, ...]) -> dict[str, Any]:
         if len(shape) != 3:
             raise OptionError(
                 f"{what} reads images (channels, height, width), not inputs of shape {shape}; "
                 "give input_shape three numbers or choose an MLP"
             )
-        return build(shape[0], (shape[1], shape[2]), classes)
+        found = {"channels": shape[0], "classes": classes}
+        return {**found, "size": shape[1:]} if sized else found
 
-    return Model(description=description, make=make, classes=outputs, input_shape=input_shape)
+    return fit
+
+
+def _text(classes: int, shape: tuple[int, ...]) -> dict[str, Any]:
+    if len(shape) != 1:
+        raise OptionError(
+            f"a language model reads windows of (tokens,), not inputs of shape {shape}; give "
+            "input_shape one number or choose a network for images"
+        )
+    return {"vocabulary": classes, "context": shape[0]}
+
+
+def _stream(classes: int, shape: tuple[int, ...]) -> dict[str, Any]:
+    # The state is handed over from window to window, so that no length is built in.
+    return {"vocabulary": _text(classes, shape)["vocabulary"]}
 
 
 _CIFAR: Mapping[str, Any] = {"input_shape": (3, 32, 32)}
-_IMAGENET: Mapping[str, Any] = {"input_shape": (3, 224, 224), "outputs": 1000}
+_IMAGENET: Mapping[str, Any] = {"input_shape": (3, 224, 224), "classes": 1000}
+
+
+def _mlp(description: str, *layers: int) -> Model:
+    return _entry(MLP, _flat, description, {"layers": layers})
 
 
 def _resnet(description: str, sizes: Mapping[str, Any], **usual: Any) -> Model:
-    return _image(
-        "a residual network",
-        description,
-        lambda channels, _, classes: ResNet(channels, classes=classes, **sizes),
-        **usual,
-    )
+    return _entry(ResNet, _image("a residual network"), description, sizes, **usual)
 
 
 def _basic(*blocks: int) -> Model:
@@ -67,9 +114,8 @@ def _basic(*blocks: int) -> Model:
 
 
 def _bottlenecks(*blocks: int, wide: int = 1, large: bool) -> Model:
-    name = (
-        f"Wide ResNet-{3 * sum(blocks) + 2}-{wide}" if wide > 1 else f"ResNet-{3 * sum(blocks) + 2}"
-    )
+    depth = 3 * sum(blocks) + 2
+    name = f"Wide ResNet-{depth}-{wide}" if wide > 1 else f"ResNet-{depth}"
     sizes = {
         "widths": (256, 512, 1024, 2048),
         "inner": tuple(wide * width for width in (64, 128, 256, 512)),
@@ -83,83 +129,47 @@ def _bottlenecks(*blocks: int, wide: int = 1, large: bool) -> Model:
 
 
 def _wide(depth: int, wide: int) -> Model:
-    return _image(
-        "a wide residual network",
+    return _entry(
+        WideResNet,
+        _image("a wide residual network"),
         f"Wide ResNet-{depth}-{wide} for 32x32 images: pre-activation (arXiv 1605.07146)",
-        lambda channels, _, classes: WideResNet(channels, depth=depth, wide=wide, classes=classes),
+        {"depth": depth, "wide": wide},
         **_CIFAR,
     )
 
 
-def _vgg(description: str, widths: Sequence[int], usual: Mapping[str, Any], **sizes: Any) -> Model:
-    return _image(
-        "a VGG network",
-        description,
-        lambda channels, _, classes: VGG(channels, widths, classes, **sizes),
-        **usual,
-    )
+def _vgg(description: str, sizes: Mapping[str, Any], **usual: Any) -> Model:
+    return _entry(VGG, _image("a VGG network"), description, sizes, **usual)
 
 
-def _vit(
-    description: str, usual: Mapping[str, Any], *, patch: int | None = None, **sizes: Any
+def _vit(description: str, sizes: Mapping[str, Any], **usual: Any) -> Model:
+    return _entry(ViT, _image("a vision Transformer", sized=True), description, sizes, **usual)
+
+
+def _reads(
+    kind: Callable[..., nn.Module], fit: Fit, description: str, sizes: dict[str, Any]
 ) -> Model:
-    """Without `patch`, a quarter of an image's longer side."""
-    return _image(
-        "a vision Transformer",
-        description,
-        lambda channels, size, classes: ViT(
-            channels, size, patch=patch or max(1, max(size) // 4), classes=classes, **sizes
-        ),
-        **usual,
-    )
+    sizes = dict(sizes)
+    vocabulary, tokens = sizes.pop("vocabulary"), sizes.pop("tokens")
+    usual = {"task": LANGUAGE, "classes": vocabulary, "input_shape": (tokens,)}
+    return _entry(kind, fit, description, sizes, **usual)
 
 
-def _language(
-    description: str, *, vocabulary: int = 32_000, tokens: int = 256, **sizes: Any
-) -> Model:
-    return _reads_text(
-        description,
-        lambda classes, context: Transformer(vocabulary=classes, context=context, **sizes),
-        vocabulary,
-        tokens,
-    )
+def _language(description: str, **sizes: Any) -> Model:
+    return _reads(Transformer, _text, description, {"vocabulary": 32_000, "tokens": 256, **sizes})
 
 
-def _recurrent(description: str, *, vocabulary: int = 256, tokens: int, **sizes: Any) -> Model:
-    # The state is handed over from window to window, so that no length is built in.
-    return _reads_text(
-        description,
-        lambda classes, _: RecurrentLanguageModel(vocabulary=classes, **sizes),
-        vocabulary,
-        tokens,
-    )
-
-
-def _reads_text(
-    description: str, build: Callable[[int, int], nn.Module], vocabulary: int, tokens: int
-) -> Model:
-    def make(classes: int, shape: tuple[int, ...]) -> nn.Module:
-        if len(shape) != 1:
-            raise OptionError(
-                f"a language model reads windows of (tokens,), not inputs of shape {shape}; give "
-                "input_shape one number or choose a network for images"
-            )
-        return build(classes, shape[0])
-
-    return Model(
-        description=description,
-        make=make,
-        task=LANGUAGE,
-        classes=vocabulary,
-        input_shape=(tokens,),
-    )
+def _recurrent(description: str, **sizes: Any) -> Model:
+    return _reads(RecurrentLanguageModel, _stream, description, {"vocabulary": 256, **sizes})
 
 
 def _translates(description: str, *, vocabulary: int, tokens: int = 32, **sizes: Any) -> Model:
     # Positions are sines, so that no length is built in; a plan is counted for one pair.
-    return Model(
-        description=description,
-        make=lambda classes, _: EncoderDecoder(vocabulary=classes, **sizes),
+    return _entry(
+        EncoderDecoder,
+        lambda classes, _: {"vocabulary": classes},
+        description,
+        sizes,
         task=TRANSLATION,
         classes=vocabulary,
         input_shape=(tokens,),
@@ -179,17 +189,14 @@ def _llama(width: int, layers: int, heads: int, hidden: int) -> Model:
 _TINY: dict[str, Any] = {"vocabulary": 256, "tokens": 128, "width": 128, "heads": 4}
 
 MODELS: dict[str, Model] = {
-    "mlp-512x2": Model(
-        description="784-512-512-10 perceptron of the MNIST studies",
-        make=_mlp(512, 512),
+    "mlp-512x2": _mlp("784-512-512-10 perceptron of the MNIST studies", 512, 512),
+    "mlp-128x4": _mlp(
+        "784-128 and four hidden 128-128 layers: the small FCN of the MNIST study",
+        *[128] * 5,
     ),
-    "mlp-128x4": Model(
-        description="784-128 and four hidden 128-128 layers: the small FCN of the MNIST study",
-        make=_mlp(128, *[128] * 4),
-    ),
-    "mlp-512x8": Model(
-        description="784-512 and eight hidden 512-512 layers: the large FCN of the MNIST study",
-        make=_mlp(512, *[512] * 8),
+    "mlp-512x8": _mlp(
+        "784-512 and eight hidden 512-512 layers: the large FCN of the MNIST study",
+        *[512] * 9,
     ),
     "resnet-small": _resnet(
         "residual CNN for small grey images, an epoch of 4,000 in seconds on two cores",
@@ -206,29 +213,24 @@ MODELS: dict[str, Model] = {
     "wrn-50-2": _bottlenecks(3, 4, 6, 3, wide=2, large=True),
     "vgg-small": _vgg(
         "VGG-11 with a quarter of its channels, an epoch of 10,000 images in seconds",
-        tuple(width // 4 for width in VGG_11),
-        {},
-        hidden=128,
-        dropout=0.0,
+        {"widths": tuple(width // 4 for width in VGG_11), "hidden": 128, "dropout": 0.0},
     ),
     **{
         f"vgg-{depth}": _vgg(
             f"VGG-{depth} for 32x32 images: BatchNorm, classifier of two layers of 512",
-            widths,
-            _CIFAR,
+            {"widths": widths},
+            **_CIFAR,
         )
         for depth, widths in ((11, VGG_11), (16, VGG_16), (19, VGG_19))
     },
     "vit-mini": _vit(
         "ViT of 4x4 patches an image, width 128, 4 layers: 10,000 images in seconds",
-        {},
-        **{"width": 128, "layers": 4, "heads": 4, "hidden": 256},
+        {"width": 128, "layers": 4, "heads": 4, "hidden": 256},
     ),
     "vit-cifar": _vit(
         "ViT for 32x32 images: 4x4 pixels a patch, width 512, 6 layers, 9.5 million",
-        _CIFAR,
-        patch=4,
-        **{"width": 512, "layers": 6, "heads": 8, "hidden": 512},
+        {"patch": 4, "width": 512, "layers": 6, "heads": 8, "hidden": 512},
+        **_CIFAR,
     ),
     "llama-tiny": _language(
         "causal Transformer for small texts: LLaMA blocks, width 128, 4 layers",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -27,7 +27,7 @@ class Reference:
     """A parsed name.
 
     Attributes:
-        library: one of `LIBRARIES`.
+        library: one of `LIBRARIES`; empty for a network of this package.
         name: what the library calls the network.
         overrides: key -> value, in the order given.
     """
@@ -37,7 +37,7 @@ class Reference:
     overrides: Mapping[str, Any]
 
     def __str__(self) -> str:
-        return f"{self.library}:{self.name}"
+        return f"{self.library}:{self.name}" if self.library else self.name
 
     def error(self, why: str) -> OptionError:
         """An error about this network, its text on one line."""
@@ -87,9 +87,19 @@ def parse(text: str) -> Reference:
     library, _, rest = text.partition(":")
     if library not in LIBRARIES:
         raise OptionError(unknown("library of networks", library, LIBRARIES) + f" (in {text!r})")
-    name, _, query = rest.partition("?")
+    name = rest.partition("?")[0]
     if not name:
         raise OptionError(f"{text!r} names no network; write {library}:NAME")
+    return Reference(library, name, parse_overrides(text))
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """What stands behind the question mark of a name, in the order given.
+
+    Raises:
+        OptionError: an override that is not KEY=VALUE, or a key given twice.
+    """
+    query = text.partition("?")[2]
     overrides: dict[str, Any] = {}
     for part in query.split("&") if query else ():
         key, equals, value = part.partition("=")
@@ -98,7 +108,7 @@ def parse(text: str) -> Reference:
         if key in overrides:
             raise OptionError(f"{text!r}: {key} is given twice")
         overrides[key] = _value(value)
-    return Reference(library, name, overrides)
+    return overrides
 
 
 def load(reference: Reference) -> ModuleType:
@@ -148,7 +158,7 @@ def check_image(reference: Reference, shape: tuple[int, ...]) -> None:
         )
 
 
-def arguments(kind: type[Any]) -> dict[str, Any]:
+def arguments(kind: Callable[..., Any]) -> dict[str, Any]:
     """The arguments of a network's class that a name may set: name -> default, None without one."""
     taken = inspect.signature(kind).parameters.values()
     return {

@@ -11,10 +11,12 @@ Convolutions start from He et al. (1502.01852): normal with variance 2 / fan_out
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rankwise.errors import OptionError
 
 
 class BasicBlock(nn.Module):
@@ -68,6 +70,9 @@ class ResNet(nn.Module):
         pool: whether 3x3 max-pooling with stride 2 follows the stem.
         inner: channels of the 3x3 convolutions of each stage where the blocks are bottlenecks; None
             for basic blocks.
+
+    Raises:
+        OptionError: lists of different lengths, or a number below 1 in them.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class ResNet(nn.Module):
         inner: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        _check({"widths": widths, "blocks": blocks, "inner": inner or widths})
         inputs = stem or widths[0]
         self.stem = nn.Conv2d(
             channels, inputs, stem_kernel, stem_stride, padding=stem_kernel // 2, bias=False
@@ -110,6 +116,12 @@ class ResNet(nn.Module):
         for stage in self._stages:
             x = getattr(self, stage)(x)
         return self.classifier(x.mean(dim=(2, 3)))
+
+
+def _check(lists: Mapping[str, Sequence[int]]) -> None:
+    if len(set(map(len, lists.values()))) > 1 or min(map(min, lists.values()), default=0) < 1:
+        said = ", ".join(f"{name}={list(each)}" for name, each in lists.items())
+        raise OptionError(f"ResNet: {said}; each needs one whole number for every stage, from 1")
 
 
 def _block(inputs: int, inner: int | None, outputs: int, stride: int) -> nn.Module:

@@ -30,7 +30,7 @@ class ViT(nn.Module):
     Args:
         channels: channels of the images.
         size: their height and width, both multiples of `patch`.
-        patch: side of one patch.
+        patch: side of one patch; by default a quarter of the longer side of the images.
         width: D, a multiple of `heads`.
         layers: number of blocks, at least 1.
         heads: attention heads of each block.
@@ -47,7 +47,7 @@ class ViT(nn.Module):
         channels: int,
         size: tuple[int, int],
         *,
-        patch: int,
+        patch: int | None = None,
         width: int,
         layers: int,
         heads: int,
@@ -56,6 +56,7 @@ class ViT(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        patch = max(1, max(size) // 4) if patch is None else patch
         _check(size, patch, width, layers, heads)
         self.size = size
         self.patch_embed = nn.Conv2d(channels, width, patch, stride=patch)
