@@ -104,6 +104,18 @@ def test_a_second_call_trains_what_is_missing_and_show_trains_nothing(capsys) ->
     assert all(p.stat().st_mtime_ns == at for p, at in times.items())
 
 
+def test_a_run_that_diverges_does_not_end_the_table(capsys) -> None:
+    line = ["table", "one.toml", "--rows", "dense,low-rank", "--seeds", "0,1"]
+    assert main([*line, "--seeds", "0"]) == 0
+    # Only dense weights overflow at this decay: factors have none.
+    hurt = ["--weight-decay", "1e30", "--out", "hurt", "--markdown", "t.md"]
+    assert main([*line, *hurt]) == 0
+    out = capsys.readouterr().out
+    assert "diverged: the " in out
+    assert "4 of 4: one, low-rank, seed 1" in out
+    assert "| dense" not in Path("t.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
