@@ -31,7 +31,7 @@ def table_command(asked: argparse.Namespace) -> int:
     try:
         distributed.initialize()
         if not asked.show:
-            series.train_all(jobs)
+            series.train_all(jobs, forgive=True)
         if distributed.worker() == 0:
             _print(blocks, asked)
     finally:
@@ -85,8 +85,7 @@ def _print(
     written = []
     for name, block in blocks.items():
         found = {label: _finished(jobs) for label, jobs in block.items()}
-        found = {label: results for label, results in found.items() if results}
-        lines = _lines(found)
+        lines = _lines(found, {label: len(jobs) for label, jobs in block.items()})
         caption = _caption(name, block, found)
         console.print()
         console.print(caption, style="bold", markup=False)
@@ -127,9 +126,15 @@ NOTES = (
 )
 
 
-def _lines(found: Block) -> list[list[str]]:
+def _lines(found: Block, wanted: Mapping[str, int]) -> list[list[str]]:
     dense = {r.seed: r for r in found.get("dense", ())}
-    return [[label, *_cells(results, dense, label)] for label, results in found.items()]
+    lines = []
+    for label, results in found.items():
+        if results:
+            whole = len(results) == wanted[label]
+            name = label if whole else f"{label} ({len(results)} of {wanted[label]})"
+            lines.append([name, *_cells(results, dense, label)])
+    return lines
 
 
 def _cells(results: Sequence[Result], dense: Mapping[int, Result], label: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from rankwise import composition, distributed, recipes
 from rankwise.cli.console import Live, Plain
 from rankwise.cli.screen import console
-from rankwise.errors import OptionError, unknown
+from rankwise.errors import NonFiniteLossError, OptionError, unknown
 from rankwise.training import Recipe, Result, records, setup, train
 
 
@@ -91,10 +91,17 @@ def variant(recipe: Recipe, method: str, options: Mapping[str, Any], seed: int) 
     return dataclasses.replace(recipe, method=method, method_options=own, seed=seed)
 
 
-def train_all(jobs: Sequence[Job]) -> list[Result]:
+def train_all(jobs: Sequence[Job], *, forgive: bool = False) -> list[Result]:
     """The results of all runs, in their order.
 
     Under torchrun every worker takes part, and worker 0 alone looks at the folders.
+
+    Args:
+        jobs: the runs.
+        forgive: go on with the next one where the loss of one leaves the numbers.
+
+    Raises:
+        NonFiniteLossError: a run diverged, and that is not forgiven.
     """
     places = distributed.share([str(records.place(job.recipe, again=True)) for job in jobs])
     placed = [
@@ -104,7 +111,13 @@ def train_all(jobs: Sequence[Job]) -> list[Result]:
     for number, (job, recipe) in enumerate(zip(jobs, placed, strict=True), start=1):
         if distributed.worker() == 0:
             console.rule(f"{number} of {len(jobs)}: {job.name}", align="left")
-        results.append(_train_or_read(recipe))
+        try:
+            results.append(_train_or_read(recipe))
+        except NonFiniteLossError as error:
+            if not forgive:
+                raise
+            if distributed.worker() == 0:
+                console.print(f"diverged: {error}", style="bold red", markup=False)
     return results
 
 
