@@ -5,11 +5,11 @@
 
 The pairs are real: messages of programs in English with their German translations, read from the
 message catalogues (.mo) that the packages of a Debian system install. Those of 2 to 12 words, each
-English message once, in an order that follows from its SHA-256; the first 8,000 are the data, 80 %
+English message once, in an order that follows from its SHA-256; the first 6,000 are the data, 80 %
 train, then 10 % validate, then 10 % test. Many messages are alike, so that the figures say more of
 differences between rows than of translation.
 
-`transformer-tiny` (2 + 2 layers of width 128) trains for 6 epochs with `rankwise.training.train`:
+`transformer-tiny` (2 + 2 layers of width 128) trains for 5 epochs with `rankwise.training.train`:
 Adam, label smoothing 0.1, warm-up and cosine to zero. The dense row and the one that is low-rank
 from the start choose their learning rate among three by the validation loss of seed 0; Pufferfish
 begins dense and takes the dense row's. The test part chooses nothing.
@@ -37,15 +37,15 @@ import torch
 from rankwise.training import Recipe, environment, train
 
 RESULTS = Path(__file__).parent / "results"
-PAIRS, WORDS, EPOCHS, SEEDS = 8_000, range(2, 13), 6, (0, 1, 2)
-RATES = (1e-3, 2e-3, 4e-3)
+PAIRS, WORDS, EPOCHS, SEEDS = 6_000, range(2, 13), 5, (0, 1, 2)
+RATES = (2e-3, 1e-3, 4e-3)
 # The paper leaves the first layers of encoder and decoder dense (2103.03936); its warm-up is 10 of
 # 400 epochs.
 FIRST = "encoder.0.*,decoder.0.*"
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
     "low-rank from the start": ("factorized", {"ranks": 0.25}),
-    "Pufferfish": ("pufferfish", {"ranks": 0.25, "warmup_epochs": 2, "exclude": FIRST}),
+    "Pufferfish": ("pufferfish", {"ranks": 0.25, "warmup_epochs": 1, "exclude": FIRST}),
 }
 TUNED = ("dense", "low-rank from the start")
 KEPT = (
@@ -150,15 +150,15 @@ class Record:
 
 
 def plan(
-    record: Record, row: str, rates: Sequence[float], seeds: Sequence[int]
-) -> Iterator[tuple[float, int]]:
-    """The runs of a row: seed 0 at all rates, then all seeds at the best of them."""
-    if row in TUNED:
-        yield from ((lr, 0) for lr in rates)
-    best = record.best(row)
-    if best is None:
-        raise SystemExit(f"{row} is trained at the rate of the dense row, which comes first")
-    yield from ((best, seed) for seed in seeds)
+    record: Record, rows: Sequence[str], rates: Sequence[float], seeds: Sequence[int]
+) -> Iterator[tuple[str, float, int]]:
+    """All runs: every row and seed at the first rate, seed 0 at the others, all at the best one."""
+    yield from ((row, rates[0], seed) for row in rows for seed in seeds)
+    yield from ((row, lr, 0) for row in rows if row in TUNED for lr in rates)
+    for row in rows:
+        best = record.best(row)
+        if best is not None:
+            yield from ((row, best, seed) for seed in seeds)
 
 
 def table(record: Record) -> None:
@@ -227,13 +227,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "messages.tsv"
         path.write_text(written, encoding="utf-8")
-        for row in options.rows:
-            for lr, seed in plan(record, row, rates, seeds):
-                late = time.perf_counter() - began > (options.seconds or math.inf)
-                if late and (row, lr, seed) not in record.runs:
-                    print("time is up; the same command goes on from here")
-                    return 3
-                record.get(row, f"pairs:{path}", lr, seed, epochs)
+        for row, lr, seed in plan(record, options.rows, rates, seeds):
+            late = time.perf_counter() - began > (options.seconds or math.inf)
+            if late and (row, lr, seed) not in record.runs:
+                print("time is up; the same command goes on from here")
+                return 3
+            record.get(row, f"pairs:{path}", lr, seed, epochs)
     table(record)
     return 0
 
