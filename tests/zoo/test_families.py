@@ -226,6 +226,21 @@ def test_the_refusal_names_the_family_that_fits() -> None:
     assert "it is one for resnet-18" in message
 
 
+@pytest.mark.parametrize(("name", "kind"), [("vgg-19", "vgg-19"), ("vit-cifar", "deit")])
+def test_cuttlefish_as_published_watches_the_layers_of_the_family(name: str, kind: str) -> None:
+    model = models.build(name)
+    method = rankwise.Cuttlefish(compat=kind, gains="none")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rankwise.start(
+        model, method, optimizer, steps_per_epoch=10, total_steps=100, sample=models.sample(name)
+    )
+    assert method.plan is not None
+    watched = {
+        layer.name for layer in method.plan.layers if layer.reason == method.plan.provisional
+    }
+    assert watched == selected(name, kind)
+
+
 def test_the_numbers_of_the_papers() -> None:
     numbers = {
         name: (entry.floor, entry.constants, entry.lr_factor) for name, entry in FAMILIES.items()

@@ -145,8 +145,8 @@ FAMILIES: Mapping[str, Family] = {
         constants="cifar",
     ),
     "vgg-19": Family(
-        rule="VGG-19: all convolutions but the first four; the classifier is dense. Hidden fully "
-        "connected layers, which only its ImageNet form has, are low-rank too",
+        rule="VGG-19: all convolutions but the first four, and the hidden layers of the "
+        "classifier (the published sizes hold them low-rank); its last layer is dense",
         layers=("auto",),
         marks={"features.*": 16},
         keep_first=4,
