@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -154,6 +155,25 @@ def test_subwords_are_learned_from_the_first_documents_or_read_from_a_file(c4):
     loaded = load_stream("c4:c4", tokens_per_epoch=600, context=8, tokenizer="tokenizer.json")
     assert loaded.classes == splits.classes
     assert_close(loaded.train.for_pass(1).tokens, splits.train.for_pass(1).tokens, rtol=0, atol=0)
+
+
+def test_real_pages_are_given_back(tmp_path, monkeypatch):
+    """What the packages that are installed here say of themselves."""
+    pytest.importorskip("tokenizers")
+    monkeypatch.setattr(passing, "HELD", 4)
+    held: list[Any] = [distribution.metadata for distribution in metadata.distributions()]
+    found = {each["Name"]: each.get_payload() for each in held}
+    pages = [str(page) for _, page in sorted(found.items()) if page and len(page) > 200][:40]
+    assert len(pages) > 12
+    path = write(tmp_path / "pages.json.gz", pages)
+    splits = load_stream(f"c4:{path}", tokens_per_epoch=4000, context=32, vocabulary=600)
+    code: Any = splits.train.code
+    part = splits.train.for_pass(0).tokens
+    assert code.decode(part.tolist()).startswith(pages[8][:500])
+    kept = splits.validation.tokens
+    ends = (kept == code.end).nonzero().flatten().tolist()
+    texts_of = [code.decode(kept[a + 1 : b].tolist()) for a, b in itertools.pairwise([-1, *ends])]
+    assert texts_of == pages[:4]
 
 
 def test_a_run_on_a_stream_is_resumed_in_its_second_pass(c4):

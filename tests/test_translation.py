@@ -143,6 +143,7 @@ def test_it_learns_to_translate_and_the_records_say_what_was_read(pairs):
     assert result.task == "translation"
     start, *_, finish = records.read("out")
     assert start["data"]["task"] == "translation"
+    assert start["data"]["pairs_left_out"] == 0
     assert Result.from_record(finish) == result
     old = {key: value for key, value in finish.items() if key != "test_bleu"}
     assert Result.from_record(old).test_bleu is None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -43,11 +44,14 @@ class Lines:
     lengths: Tensor
 
     @classmethod
-    def of(cls, lines: Sequence[Sequence[int]]) -> Lines:
-        """From lists of numbers."""
-        lengths = torch.tensor([len(line) for line in lines], dtype=torch.int64)
-        tokens = torch.tensor([number for line in lines for number in line], dtype=torch.int32)
-        return cls(tokens, lengths.cumsum(0) - lengths, lengths)
+    def of(cls, lines: Iterable[Sequence[int]]) -> Lines:
+        """From lists of numbers, of which one at a time need be in memory."""
+        tokens, counts = array("i"), array("q")
+        for line in lines:
+            tokens.extend(line)
+            counts.append(len(line))
+        lengths = torch.tensor(counts, dtype=torch.int64)
+        return cls(torch.tensor(tokens, dtype=torch.int32), lengths.cumsum(0) - lengths, lengths)
 
     def padded(self, chosen: Tensor) -> Tensor:
         """These lines (B,), filled up to the longest of them, (B, T) int64."""
@@ -208,8 +212,8 @@ def _filled(pairs: Iterable[Pair]) -> list[Pair]:
 
 def _split(pairs: Sequence[Pair], code: Coding, *, references: bool) -> PairSplit:
     return PairSplit(
-        Lines.of([[*code.encode(source), END] for source, _ in pairs]),
-        Lines.of([[START, *code.encode(target), END] for _, target in pairs]),
+        Lines.of([*code.encode(source), END] for source, _ in pairs),
+        Lines.of([START, *code.encode(target), END] for _, target in pairs),
         tuple(code.written(target) for _, target in pairs) if references else (),
         code,
     )

@@ -51,7 +51,7 @@ class Journal:
 
         Called once everything is known to fit, so that a mistake leaves no folder behind.
         """
-        facts = {
+        facts: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "method": " + ".join(map(repr, methods)),
             "versions": environment.versions(),
@@ -67,6 +67,8 @@ class Journal:
                 ],
             },
         }
+        if isinstance(splits, data.PairSplits):
+            facts["data"]["pairs_left_out"] = splits.left_out
         if self._leads:
             self._file = records.Records(self.out)
         if saved is None:
