@@ -4,10 +4,11 @@
 
 Pictures of 500x375, JPEG of quality 90, are made (sums of noise at all scales, as large as
 photographs of that size); --data takes a folder of the user's, one folder a class, instead.
-First the stream alone: images per second, random-resized-crop, at 32, 64 and 224 pixels, with 1 and
-2 threads that decode, beside torch's DataLoader with as many processes that do the same. Then under
-a step of training with --threads threads: the time of a step with images in memory and with the
-stream, in turns, and the share of it that the loop waits for its next batch.
+First the stream alone: images per second, random-resized-crop, at 32, 64 and 224 pixels, with 1
+and 2 processes that decode, beside as many threads, and torch's DataLoader with as many processes,
+which do the same. Then under a step of training with --threads threads: the time of a step with
+images in memory and with the stream, in turns, and the share of it that the loop waits for its next
+batch.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +64,7 @@ def pictures(root: Path, count: int, seed: int = 0) -> None:
 def streamed(root: Path, size: int, workers: int) -> data.StreamedSplits:
     """The folder's images as a stream."""
     found = data.load(
-        f"folder:{root}", size=size, augment="random-resized-crop", streamed=True, threads=workers
+        f"folder:{root}", size=size, augment="random-resized-crop", streamed=True, workers=workers
     )
     assert isinstance(found, data.StreamedSplits)
     return found
@@ -93,21 +96,29 @@ def speed(batches: Iterable[Any], images: int) -> float:
     return images / (time.perf_counter() - began)
 
 
-def alone(root: Path, sizes: Sequence[int], repeats: int, seen: int) -> Iterator[dict[str, Any]]:
+def alone(
+    root: Path, sizes: Sequence[int], counts: Sequence[int], repeats: int, seen: int
+) -> Iterator[dict[str, Any]]:
     """Rows of the stream alone."""
     for size in sizes:
-        for workers in WORKERS:
+        for workers in counts:
             part = streamed(root, size, workers).train
             order = in_batches(len(part), seen, 32)
-            speeds: dict[str, list[float]] = {"threads": [], "processes": []}
+            numbers = [chosen.tolist() for chosen in order]
+            varied = OneByOne(part)
+            speeds: dict[str, list[float]] = {"processes": [], "threads": [], "DataLoader": []}
             for _ in range(repeats):
                 with closing(data.read(part.for_epoch(1), order)) as batches:
-                    speeds["threads"].append(speed(batches, seen))
-                loader = DataLoader(OneByOne(part), batch_sampler=order, num_workers=workers)
+                    speeds["processes"].append(speed(batches, seen))
+                with ThreadPoolExecutor(workers) as pool:
+                    every = pool.map(varied.__getitem__, chain.from_iterable(numbers))
+                    speeds["threads"].append(speed(every, seen))
+                loader = DataLoader(varied, batch_sampler=numbers, num_workers=workers)
                 running = iter(loader)  # its processes start here, outside the time
                 next(running)
-                speeds["processes"].append(speed(running, seen - len(order[0])))
+                speeds["DataLoader"].append(speed(running, seen - len(order[0])))
                 del running
+            part.release()
             for kind, found in speeds.items():
                 yield {"size": size, "workers": workers, "kind": kind, "images_per_s": found}
 
@@ -141,20 +152,23 @@ def under_a_step(
                 took = time.perf_counter() - began
             rows[side]["step_s"].append(took / steps)
             rows[side]["wait"].append(waited / took)
+    for part in sides.values():
+        if isinstance(part, data.Streamed):
+            part.release()
     for side, found in rows.items():
         yield {"network": name, "size": size, "batch": batch, "side": side, **found}
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Both tables, medians."""
-    print("\nstream alone, images/s    size  workers  threads  processes")
-    found = [row for row in rows if "kind" in row]
-    for row in found:
-        if row["kind"] == "threads":
-            same = (row["size"], row["workers"], "processes")
-            other = next(r for r in found if (r["size"], r["workers"], r["kind"]) == same)
-            ours, theirs = (statistics.median(r["images_per_s"]) for r in (row, other))
-            print(f"{row['size']:>30}{row['workers']:>9}{ours:>9.0f}{theirs:>11.0f}")
+    print("\nalone, images/s    size  workers  processes  threads  DataLoader")
+    speeds = {(r["size"], r["workers"], r["kind"]): r["images_per_s"] for r in rows if "kind" in r}
+    for size, workers in dict.fromkeys((size, workers) for size, workers, _ in speeds):
+        ours, threads, loader = (
+            statistics.median(speeds[size, workers, kind])
+            for kind in ("processes", "threads", "DataLoader")
+        )
+        print(f"{size:>23}{workers:>9}{ours:>11.0f}{threads:>9.0f}{loader:>12.0f}")
     print(
         "\nunder a step              network  size  batch         side  step    waits  of memory's"
     )
@@ -191,7 +205,7 @@ def main() -> None:
         print(
             f"{len(sizes_of):,} files, {statistics.median(sizes_of) / 1024:.1f} KiB the middle one"
         )
-        rows = list(alone(root, sizes, repeats, seen))
+        rows = list(alone(root, sizes, (2,) if asked.smoke else WORKERS, repeats, seen))
         for name, size, batch, steps in trained:
             rows += under_a_step(root, name, size, batch, steps, repeats)
     show(rows)

@@ -15,6 +15,7 @@ SOURCE = ROOT / "src" / "rankwise"
 # A module may import from its own layer and from those before it.
 LAYERS = (
     ("errors", "options", "storage"),
+    ("images",),
     ("models", "data", "accounting", "reports"),
     ("method", "linalg", "onednn", "handle", "distributed", "sharding"),
     ("layers",),
@@ -85,12 +86,12 @@ def test_imports_go_one_way(path: Path) -> None:
         assert LEVEL[other] <= LEVEL[own], f"{own} must not import {other}"
 
 
-@pytest.mark.parametrize("name", ["models", "data", "accounting", "reports"])
+@pytest.mark.parametrize("name", ["images", "models", "data", "accounting", "reports"])
 def test_leaves_know_nothing_of_low_rank(name: str) -> None:
     files = [p for p in MODULES if component(p) == name]
     assert files
     for path in files:
-        assert imported(path) <= {"errors", "options", name}
+        assert imported(path) <= {"errors", "options", "images", name}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
@@ -130,7 +131,10 @@ def test_no_comparison_is_thrown_away() -> None:
 
 
 def test_importing_the_package_imports_no_torch() -> None:
-    code = "import rankwise, rankwise.cli, sys; sys.exit('torch' in sys.modules)"
+    code = (
+        "import rankwise, rankwise.cli, rankwise.images.process, sys; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankwise.data import Split, augment, batches, load
-from rankwise.data.augment import AUGMENTS, boxes, draws
+from rankwise.data import AUGMENTS, Split, batches, load
+from rankwise.images import variation
+from rankwise.images.variation import boxes, draws, shifted
 from rankwise.training import Recipe
 
 KINDS = [name for name, entry in AUGMENTS.items() if entry is not None]
@@ -40,34 +41,34 @@ def test_a_recipe_can_name_every_way() -> None:
 
 def test_drawn_numbers_are_even_and_those_of_an_image_whatever_the_batch() -> None:
     chosen = torch.randperm(4000, generator=torch.Generator().manual_seed(1))
-    drawn = draws(2**64 - 5, chosen)
+    drawn = draws(2**64 - 5, chosen.numpy())
     assert drawn.min() >= 0
     assert drawn.max() < 1
-    np.testing.assert_array_equal(draws(2**64 - 5, chosen[7:19]), drawn[7:19])
+    np.testing.assert_array_equal(draws(2**64 - 5, chosen[7:19].numpy()), drawn[7:19])
     assert np.unique(drawn).size == drawn.size
     # Even in every column, and columns, neighbours and passes apart from each other.
     deviation = 3.5 / np.sqrt(12 * len(drawn))
     assert np.abs(drawn.mean(0) - 0.5).max() < deviation
-    ordered = draws(7, torch.arange(4000))
+    ordered = draws(7, np.arange(4000))
     others = [
         np.roll(ordered, 1, axis=0),
         np.roll(ordered, 1, axis=1),
-        draws(8, torch.arange(4000)),
+        draws(8, np.arange(4000)),
     ]
     for other in others:
-        related = [np.corrcoef(ordered[:, at], other[:, at])[0, 1] for at in range(augment.DRAWN)]
+        related = [np.corrcoef(ordered[:, at], other[:, at])[0, 1] for at in range(variation.DRAWN)]
         assert np.abs(related).max() < 4 / np.sqrt(4000)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", ["flip", "crop-flip"])
 def test_a_batch_is_what_each_image_becomes_alone(kind: str, channels: int) -> None:
-    images, drawn = pictures(40, channels), draws(3, torch.arange(40))
+    images, drawn = pictures(40, channels), draws(3, np.arange(40))
     found = varied(kind, images, drawn)
     entry = AUGMENTS[kind]
     assert entry is not None
     alone = [
-        entry.one(image.movedim(0, -1).numpy(), numbers)
+        shifted(image.movedim(0, -1).numpy(), numbers, entry.padding)
         for image, numbers in zip(images, drawn, strict=True)
     ]
     np.testing.assert_array_equal(found.movedim(1, -1).numpy(), np.stack(alone))
@@ -76,7 +77,7 @@ def test_a_batch_is_what_each_image_becomes_alone(kind: str, channels: int) -> N
 
 
 def test_a_shift_keeps_what_it_can_and_is_black_where_nothing_was() -> None:
-    drawn = np.full((1, augment.DRAWN), 0.9999)  # no flip; down and across by 8 of 0 to 8
+    drawn = np.full((1, variation.DRAWN), 0.9999)  # no flip; down and across by 8 of 0 to 8
     image = pictures(1, side=16)
     found = varied("crop-flip", image, drawn)
     torch.testing.assert_close(found[..., :12, :12], image[..., 4:, 4:], rtol=0, atol=0)
@@ -84,19 +85,19 @@ def test_a_shift_keeps_what_it_can_and_is_black_where_nothing_was() -> None:
 
 
 def test_every_place_and_both_sides_are_drawn_equally_often() -> None:
-    drawn = draws(5, torch.arange(8100))
-    places = augment._offset(drawn[:, augment.DOWN], 4) * 9 + augment._offset(drawn[:, 2], 4)
+    drawn = draws(5, np.arange(8100))
+    places = variation.offset(drawn[:, variation.DOWN], 4) * 9 + variation.offset(drawn[:, 2], 4)
     counts = np.bincount(places, minlength=81)
     assert counts.size == 81
     assert ((counts - 100) ** 2 / 100).sum() < 125  # chi square of 80 degrees, 0.1 %
-    assert abs(int((drawn[:, augment.FLIP] < 0.5).sum()) - 4050) < 150
+    assert abs(int((drawn[:, variation.FLIP] < 0.5).sum()) - 4050) < 150
 
 
 @pytest.mark.parametrize(("width", "height"), [(32, 32), (400, 300), (1, 1), (200, 3), (2, 900)])
 def test_boxes_lie_inside_and_have_the_area_and_shape_that_was_asked(
     width: int, height: int
 ) -> None:
-    found = boxes(draws(2, torch.arange(2000)), width, height)
+    found = boxes(draws(2, np.arange(2000)), width, height)
     left, top, right, bottom = found.T
     assert left.min() >= 0
     assert top.min() >= 0
@@ -113,15 +114,15 @@ def test_boxes_lie_inside_and_have_the_area_and_shape_that_was_asked(
 
 
 def test_a_cut_of_everything_is_the_image_and_a_part_is_scaled_up() -> None:
-    images, drawn = pictures(2, side=9), np.full((2, augment.DRAWN), 0.5)
-    drawn[:, augment.AREAS] = 1.0  # all of it, square
-    drawn[1, augment.FLIP] = 0.4
+    images, drawn = pictures(2, side=9), np.full((2, variation.DRAWN), 0.5)
+    drawn[:, variation.AREAS] = 1.0  # all of it, square
+    drawn[1, variation.FLIP] = 0.4
     found = varied("random-resized-crop", images, drawn)
     expected = torch.stack([images[0], images[1].flip(-1)]).float()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
     ramp = torch.arange(12.0).expand(1, 1, 12, 12)
-    drawn = np.full((1, augment.DRAWN), 0.5)
-    drawn[:, augment.AREAS] = (0.25 - 0.08) / 0.92
+    drawn = np.full((1, variation.DRAWN), 0.5)
+    drawn[:, variation.AREAS] = (0.25 - 0.08) / 0.92
     left, _, right, _ = boxes(drawn, 12, 12)[0]
     found = varied("random-resized-crop", ramp, drawn)
     inside = left + (torch.arange(12) + 0.5) * (right - left) / 12 - 0.5
@@ -156,4 +157,5 @@ def test_outside_a_pass_images_stay_as_they_are() -> None:
     assert torch.equal(other.take(chosen)[0], plain.images[chosen])
     assert torch.equal(other.images, plain.images)
     taken, _ = next(iter(batches(plain, batch_size=9, seed=0, epoch=0)))
+    assert isinstance(taken, Tensor)
     assert sorted(taken.flatten().tolist()) == sorted(plain.images.flatten().tolist())

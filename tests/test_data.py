@@ -24,8 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 from rankwise import data
-from rankwise.data import Split, Splits, batches, decode, load, mnist, steps_per_epoch, tree
+from rankwise.data import Split, Splits, batches, load, mnist, steps_per_epoch
 from rankwise.errors import DataError, OptionError
+from rankwise.images import decode, tree
 
 
 def numbered(count: int) -> Split:
@@ -206,6 +207,7 @@ def test_workers_cut_the_batches_of_one_worker_into_disjoint_parts(
 
 def test_images_stay_with_their_labels() -> None:
     for images, labels in batches(numbered(20), batch_size=6, seed=0, epoch=0):
+        assert isinstance(images, Tensor)
         torch.testing.assert_close(images.flatten(), labels.float(), rtol=0, atol=0)
 
 

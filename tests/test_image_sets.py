@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 
 from rankwise import data
-from rankwise.data import cifar, hub, load, svhn, tree
+from rankwise.data import cifar, hub, load, svhn
 from rankwise.errors import DataError, OptionError
+from rankwise.images import tree
 
 ROWS = 20
 

@@ -1,25 +1,30 @@
-"""Streamed images are those that would be kept in memory, whoever decodes them; no thread stays."""
+"""Streamed images are those that memory would hold, whoever decodes them, and nothing stays."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
 from rankwise import data
 from rankwise.data import Streamed, StreamedSplits, batches, folder, read
+from rankwise.data.limited import Chosen
 from rankwise.errors import DataError
 from rankwise.training import Recipe, loop, records, setup, train
 from rankwise.training.interrupt import Interrupted
@@ -49,14 +54,28 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return photographs(tmp_path_factory.mktemp("photos"))
 
 
-def streamed(root: Path, augment: str = "none", threads: int = 2) -> StreamedSplits:
-    found = data.load(f"folder:{root}", size=16, augment=augment, streamed=True, threads=threads)
+def streamed(root: Path, augment: str = "none", workers: int = 2) -> StreamedSplits:
+    found = data.load(f"folder:{root}", size=16, augment=augment, streamed=True, workers=workers)
     assert isinstance(found, StreamedSplits)
     return found
 
 
 def decoding() -> int:
-    return sum(thread.name.startswith("rankwise-decode") for thread in threading.enumerate())
+    """Threads and processes that decode."""
+    threads = sum(t.name.startswith("rankwise-decode") for t in threading.enumerate())
+    return threads + len(decoders())
+
+
+def decoders(pid: int | None = None) -> list[psutil.Process]:
+    found = psutil.Process(pid).children(recursive=True)
+    return [child for child in found if "rankwise.images.process" in child.cmdline()]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    yield
+    gc.collect()  # parts that a test did not close end their processes with them
+    assert decoding() == 0
 
 
 @pytest.mark.parametrize("augment", ["none", "flip", "crop-flip"])
@@ -68,6 +87,7 @@ def test_a_stream_is_what_memory_would_hold(photos: Path, augment: str) -> None:
         ours = batches(flowing.train, batch_size=9, seed=1, epoch=epoch)
         theirs = batches(kept.train, batch_size=9, seed=1, epoch=epoch)
         for (images, labels), (expected, expected_labels) in zip(ours, theirs, strict=True):
+            assert isinstance(images, torch.Tensor)
             assert images.is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(images, expected, rtol=0, atol=0)
             torch.testing.assert_close(labels, expected_labels, rtol=0, atol=0)
@@ -77,7 +97,7 @@ def test_a_stream_is_what_memory_would_hold(photos: Path, augment: str) -> None:
 
 
 @pytest.mark.parametrize("augment", ["none", "random-resized-crop"])
-def test_neither_threads_nor_workers_nor_resumption_change_a_bit(
+def test_neither_processes_nor_workers_nor_resumption_change_a_bit(
     photos: Path, augment: str
 ) -> None:
     one = list(batches(streamed(photos, augment, 1).train, batch_size=12, seed=0, epoch=1))
@@ -85,8 +105,8 @@ def test_neither_threads_nor_workers_nor_resumption_change_a_bit(
     rest = batches(streamed(photos, augment, 3).train, batch_size=12, seed=0, epoch=1, start=2)
     for (images, _), (expected, _) in zip(rest, one[2:], strict=True):
         torch.testing.assert_close(images, expected, rtol=0, atol=0)
+    part = streamed(photos, augment).train
     for worker in range(2):
-        part = streamed(photos, augment).train
         mine = batches(part, batch_size=12, seed=0, epoch=1, worker=worker, workers=2)
         for (images, labels), (expected, expected_labels) in zip(mine, one, strict=True):
             torch.testing.assert_close(images, expected[worker::2], rtol=0, atol=0)
@@ -109,17 +129,18 @@ def test_a_part_of_the_whole_picture_is_cut_out_anew_in_every_pass(tmp_path: Pat
     ]
     assert len(set(seen)) == len(seen) == 24
     # The middle square holds the levels 20 to 180; parts of the whole reach beyond it.
-    spread = torch.cat([images for images, _ in batches(part, batch_size=4, seed=0, epoch=9)])
+    passes = (part.for_epoch(draw) for draw in range(9))
+    spread = torch.cat([each.take(torch.arange(4))[0] for each in passes])
     middle = part.take(torch.arange(4))[0]
     assert float(spread.max()) > float(middle.max())
     assert float(spread.min()) < float(middle.min())
 
 
-def test_a_zip_file_is_streamed_by_several_threads_at_once(photos: Path, tmp_path: Path) -> None:
+def test_a_zip_file_is_streamed_by_several_processes_at_once(photos: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "photos.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for path in photos.rglob("*.*"):
             archive.write(path, path.relative_to(photos))
-    ours = batches(streamed(tmp_path / "photos.zip", threads=4).train, **PASS)
+    ours = batches(streamed(tmp_path / "photos.zip", workers=4).train, **PASS)
     for (images, _), (expected, _) in zip(
         ours, batches(streamed(photos).train, **PASS), strict=True
     ):
@@ -131,13 +152,7 @@ def test_skipped_batches_are_not_decoded_and_few_are_ahead(
 ) -> None:
     part = streamed(photos).train
     asked: list[str] = []
-    real = folder.Files.decoded
-
-    def noted(self: folder.Files, content: bytes, name: str) -> np.ndarray:
-        asked.append(name)
-        return real(self, content, name)
-
-    monkeypatch.setattr(folder.Files, "decoded", noted)
+    monkeypatch.setattr(part.decoders, "fill", lambda images, names, *_: asked.extend(names))
     monkeypatch.setattr(stream_module, "AT_ONCE", 1)
     with closing(batches(part, batch_size=4, seed=0, epoch=0, start=10)) as some:
         assert len(list(some)) == 2
@@ -147,7 +162,6 @@ def test_skipped_batches_are_not_decoded_and_few_are_ahead(
         next(some)
         time.sleep(0.05)
         assert len(asked) <= 4 * (stream_module.AHEAD + 1)
-    assert decoding() == 0
 
 
 def test_the_statistics_are_those_of_an_even_sample(
@@ -159,6 +173,13 @@ def test_the_statistics_are_those_of_an_even_sample(
     assert not torch.equal(sample.mean, whole.mean)
     torch.testing.assert_close(sample.mean, whole.mean, rtol=0, atol=3.0)
     torch.testing.assert_close(sample.deviation, whole.deviation, rtol=0, atol=3.0)
+
+
+def test_a_tar_archive_cannot_be_read_file_by_file(photos: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        archive.add(photos, "photos")
+    with pytest.raises(DataError, match="cannot be streamed: a tar archive is read as a whole"):
+        streamed(tmp_path / "photos.tar")
 
 
 def test_the_checksum_is_of_names_and_sizes(tmp_path: Path) -> None:
@@ -184,7 +205,7 @@ def test_what_does_not_fit_into_memory_is_streamed_by_itself(
     assert isinstance(data.load(f"folder:{photos}", size=16, streamed=None), data.Splits)
 
 
-def test_a_damaged_image_is_named_when_it_is_due_and_no_thread_stays(tmp_path: Path) -> None:
+def test_a_damaged_image_is_named_when_it_is_due(tmp_path: Path) -> None:
     root = photographs(tmp_path / "photos")
     part = streamed(root).train
     name = part.files.listing.names[part.chosen[7]]
@@ -200,38 +221,63 @@ def test_a_damaged_image_is_named_when_it_is_due_and_no_thread_stays(tmp_path: P
     path.unlink()
     with pytest.raises(DataError, match=f"{name} cannot be read"):
         part.take(torch.tensor([7]))
+    part.release()
+
+
+def test_a_process_that_is_killed_is_an_error_and_another_one_starts(photos: Path) -> None:
+    part = streamed(photos, workers=1).train
+    order = torch.arange(32).split(8)
+    with closing(read(part, order)) as some:
+        expected = [images for images, _ in some]
+    (process,) = decoders()
+    process.kill()
+    while process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with pytest.raises(DataError, match=r"the 7 images after it ended \(exit status -9"):
+        list(read(part, order))
+    for (images, _), same in zip(read(part, order), expected, strict=True):
+        torch.testing.assert_close(images, same, rtol=0, atol=0)
+    part.release()
     assert decoding() == 0
 
 
-def test_no_thread_stays_after_the_end_a_break_or_an_error(photos: Path) -> None:
-    part = streamed(photos).train
-    list(batches(part, batch_size=8, seed=0, epoch=0))
-    assert decoding() == 0
-    with closing(batches(part, batch_size=8, seed=0, epoch=0)) as some:
-        next(some)
-        assert decoding() > 0
+def test_nothing_stays_after_the_end_a_break_or_an_error(photos: Path) -> None:
+    splits = streamed(photos)
+    part = splits.train
+    with data.released(splits):
+        list(batches(part, batch_size=8, seed=0, epoch=0))
+        assert decoding() == len(decoders()) == 2  # they wait for the next pass, without threads
+        with closing(batches(part, batch_size=8, seed=0, epoch=0)) as some:
+            next(some)
+            assert decoding() > 2
+        assert decoding() == 2
     assert decoding() == 0
 
-    def train_badly() -> None:
+    def train_badly(part: Streamed) -> None:
         with closing(batches(part, batch_size=8, seed=0, epoch=0)) as some:
             for _ in some:
                 raise RuntimeError("the step")
 
-    with pytest.raises(RuntimeError, match="the step"):
-        train_badly()
+    with pytest.raises(RuntimeError, match="the step"), data.released(splits):
+        train_badly(part)
     assert decoding() == 0
+    with pytest.raises(RuntimeError, match="the step"):
+        train_badly(part)
+    del splits, part, some  # nobody closed anything: they end with what they belong to
 
 
 def test_a_limited_set_is_read_ahead_too(photos: Path) -> None:
     whole = streamed(photos)
     some = data.Limited(whole, 9).train
+    assert isinstance(some, Chosen)
     with closing(batches(some, batch_size=3, seed=0, epoch=0)) as ours:
         next(ours)
-        assert decoding() > 0
+        assert len(decoders()) > 0
     order = torch.arange(9).split(4)
     for (images, _), chosen in zip(read(some, order), order, strict=True):
         expected, _ = whole.train.take(some.numbers[chosen])
         torch.testing.assert_close(images, expected, rtol=0, atol=0)
+    some.release()
     assert decoding() == 0
 
 
@@ -312,6 +358,7 @@ def test_ctrl_c_for_the_whole_group_leaves_a_checkpoint_and_nothing_else(
             ):
                 break
             time.sleep(0.05)
+        children = decoders(process.pid)
         os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=200)
     finally:
@@ -323,5 +370,5 @@ def test_ctrl_c_for_the_whole_group_leaves_a_checkpoint_and_nothing_else(
     assert begun is not None
     saved = setup.load(out, begun, streamed(photos))
     assert saved.extra["position"] > 0
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    assert len(children) == 3
+    assert not any(child.is_running() for child in children)

@@ -27,6 +27,7 @@ from rankwise.data.splits import (
     Splits,
     batches,
     read,
+    released,
     steps_per_epoch,
 )
 from rankwise.data.stream import Streamed, StreamedSplits, stream
@@ -63,6 +64,7 @@ __all__ = [
     "load_stream",
     "load_text",
     "read",
+    "released",
     "steps_per_epoch",
 ]
 
@@ -177,7 +179,7 @@ def load(
     size: int | None = None,
     augment: str = "none",
     streamed: Literal[False] = False,
-    threads: int | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Splits: ...
 
@@ -189,7 +191,7 @@ def load(
     size: int | None = None,
     augment: str = "none",
     streamed: bool | None,
-    threads: int | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Splits | StreamedSplits: ...
 
@@ -200,7 +202,7 @@ def load(
     size: int | None = None,
     augment: str = "none",
     streamed: bool | None = False,
-    threads: int | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Splits | StreamedSplits:
     """Read images into memory, or stream them; split and normalised by the training part.
@@ -213,7 +215,7 @@ def load(
         augment: a key of `AUGMENTS`: how training images vary from pass to pass.
         streamed: decode image files while they are used: never, always, or (None) where they do
             not fit into memory.
-        threads: how many decode streamed images; by default one a core, and at most eight.
+        workers: processes that decode streamed images; by default one a core, and at most eight.
         progress: called with (images read, images in all) while image files are read into memory.
 
     Raises:
@@ -226,7 +228,7 @@ def load(
     found = _find(name, size, progress)
     if isinstance(found, Files):
         if streamed or (streamed is None and found.needed > folder.LARGEST_SET):
-            return stream(found, threads=threads, augment=varied)
+            return stream(found, workers=workers, augment=varied)
         found = folder.read(found, progress)
     elif streamed:
         raise OptionError(f"{name} is not read from image files, so there is nothing to stream")

@@ -18,8 +18,8 @@ import numpy as np
 from rankwise.data import folder, hub, places
 from rankwise.data.arrays import assemble, check_side, checksum_of
 from rankwise.data.splits import Splits
-from rankwise.data.tree import Tree, open_tree, path_of
 from rankwise.errors import DataError
+from rankwise.images.tree import Tree, open_tree, path_of
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE

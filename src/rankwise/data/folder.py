@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from rankwise.data.arrays import check_side
-from rankwise.data.decode import SUFFIXES, central, decode, is_grey, pillow
 from rankwise.data.splits import Splits, normalised, stratified
-from rankwise.data.tree import Tree, open_tree, path_of
 from rankwise.errors import DataError
+from rankwise.images.decode import SUFFIXES, central, decode, is_grey, pillow
+from rankwise.images.tree import Tree, open_tree, path_of
+from rankwise.images.variation import How
 
 VALIDATION_NAMES = ("val", "valid", "validation")
 LARGEST_SET = 4 * 2**30  # bytes of the decoded images
@@ -71,6 +72,11 @@ class Files:
         probed = [names[int(index)] for index in chosen]
         grey = all(is_grey(self.tree.read(name), path_of(self.tree, name)) for name in probed)
         return 1 if grey else 3
+
+    @property
+    def how(self) -> How:
+        """What an image becomes."""
+        return How(size=self.size, channels=self.channels, keep=self.keep)
 
     @property
     def needed(self) -> int:

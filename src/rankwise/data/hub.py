@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from rankwise.data.arrays import Part, assemble, checksum_of
-from rankwise.data.decode import decode, pillow
 from rankwise.data.splits import Splits
 from rankwise.errors import DataError
+from rankwise.images.decode import decode, pillow
 
 INSTALL = "pip install 'rankwise[datasets]'"
 

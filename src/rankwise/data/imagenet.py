@@ -16,8 +16,8 @@ from rankwise.data import hub, places
 from rankwise.data.arrays import check_side
 from rankwise.data.folder import Files, Listing, Progress, listed
 from rankwise.data.splits import Splits
-from rankwise.data.tree import Tree, open_tree, path_of
 from rankwise.errors import DataError
+from rankwise.images.tree import Tree, open_tree, path_of
 
 ANNOTATIONS = "val/val_annotations.txt"  # Tiny-ImageNet: file TAB class TAB box, a line an image
 

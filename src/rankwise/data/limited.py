@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankwise.data.pairs import PairSplit
-from rankwise.data.splits import SPLIT_SEED, DataSet, Examples, Inputs, read
+from rankwise.data.splits import SPLIT_SEED, DataSet, Examples, Inputs, ReadAhead, read
 from rankwise.errors import OptionError
 
 
@@ -46,6 +46,11 @@ class Chosen:
     def ahead(self, order: Iterable[Tensor]) -> Iterator[tuple[Inputs, Tensor]]:
         """Batches of these examples, ahead of time if the whole can do that."""
         yield from read(self.whole, (self.numbers[chosen] for chosen in order))
+
+    def release(self) -> None:
+        """End what prepares those of the whole."""
+        if isinstance(self.whole, ReadAhead):
+            self.whole.release()
 
     def for_epoch(self, draw: int, streams: int = 0) -> Self:
         """The same numbers of what the whole is in that pass."""

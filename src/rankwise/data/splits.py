@@ -6,6 +6,7 @@ Shapes: `N` images, `C` channels, `H` height, `W` width.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -13,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankwise.data.augment import Augment, draws
+from rankwise.data.augment import Augment
 from rankwise.data.lengths import Uneven, alike
+from rankwise.data.normalise import Normalise, statistics
 from rankwise.errors import DataError, OptionError
+from rankwise.images.variation import draws
 
 # Which images validate and test is part of the data set, so no run's seed touches it.
 SPLIT_SEED = 2021
@@ -66,6 +69,10 @@ class ReadAhead(Protocol):
         """What `take` gives for each of these batches, one after the other."""
         ...
 
+    def release(self) -> None:
+        """End what prepares them; it begins anew when it is needed."""
+        ...
+
 
 @runtime_checkable
 class InPasses(Protocol):
@@ -113,26 +120,6 @@ class DataSet(Protocol):
     def checksum(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of the content read."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class Normalise:
-    """From bytes to numbers: (byte - mean) / deviation, both (C, 1, 1) float32."""
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 -> float32, in the same memory format."""
-        if pixels.movedim(1, -1).is_contiguous():
-            # Whole rows at once: a loop over the three colours of each pixel is many times slower.
-            rows = pixels.movedim(1, -1).flatten(2).float()  # (B, H, W * C)
-            mean, deviation = (
-                t.flatten().repeat(pixels.shape[3]) for t in (self.mean, self.deviation)
-            )
-            made = rows.sub_(mean).div_(deviation)
-            return made.unflatten(2, (pixels.shape[3], -1)).movedim(-1, 1)
-        return pixels.float().sub_(self.mean).div_(self.deviation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +173,7 @@ class Split:
         else:  # along the last dimension lie the colours of a pixel: an image is copied as a piece
             taken = self.pixels.movedim(1, -1).index_select(0, chosen).movedim(-1, 1)
         if self.augment is not None and self.draw is not None:
-            taken = self.augment(taken, draws(self.draw, chosen))
+            taken = self.augment(taken, draws(self.draw, chosen.numpy()))
         return taken if self.normalise is None else self.normalise(taken), self.labels[chosen]
 
     def for_epoch(self, draw: int, streams: int = 0) -> Split:
@@ -307,6 +294,17 @@ def read(split: Examples, order: Iterable[Tensor]) -> Generator[tuple[Inputs, Te
         yield split.take(chosen)
 
 
+@contextmanager
+def released(splits: DataSet) -> Generator[None]:
+    """Ends the processes that prepare the examples of a data set, if it has any, afterwards."""
+    try:
+        yield
+    finally:
+        for part in (splits.train, splits.validation, splits.test):
+            if isinstance(part, ReadAhead):
+                part.release()
+
+
 def _order(
     batch_size: int, steps: int, order: Tensor, worker: int, workers: int, start: int
 ) -> Iterator[Tensor]:
@@ -377,23 +375,3 @@ def normalised(
         for images, labels in parts
     )
     return train, validation, test
-
-
-def statistics(images: np.ndarray) -> Normalise:
-    """Mean and deviation of each channel of images (N, H, W, C) uint8.
-
-    They are exact, whatever the number of threads. The deviation of a constant channel is 1.
-    """
-    values = np.arange(256, dtype=np.float64)
-    means, deviations = [], []
-    for channel in range(images.shape[-1]):
-        counts = np.bincount(images[..., channel].reshape(-1), minlength=256)
-        mean = float(counts @ values) / counts.sum()
-        variance = float(counts @ (values - mean) ** 2) / counts.sum()
-        means.append(mean)
-        deviations.append(variance**0.5 or 1.0)
-    shape = (-1, 1, 1)
-    return Normalise(
-        torch.tensor(means, dtype=torch.float32).view(shape),
-        torch.tensor(deviations, dtype=torch.float32).view(shape),
-    )

@@ -1,9 +1,8 @@
 """Images that stay in their files: decoded while the network trains, a few batches ahead.
 
-Threads decode: Pillow lets go of Python's lock while it reads, decodes and scales, so that two
-threads decode twice as fast as one; they share memory with the loop, end with it, and are not there
-for signals to hit. Which thread decodes what changes nothing: each image goes to its place in its
-batch.
+Processes decode (`images.decoders`), each fed by a thread, which lets it write into the image's
+place in its batch. Which process decodes what changes nothing: what happens to an image follows
+from the pass and its number.
 
 Shapes: `B` images of a batch, `C` channels, `S` side in pixels.
 """
@@ -17,17 +16,18 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rankwise.data.augment import Augment, draws
-from rankwise.data.decode import decode
+from rankwise.data.augment import Augment
 from rankwise.data.folder import Files, cut
-from rankwise.data.splits import Normalise, statistics
-from rankwise.data.tree import path_of
+from rankwise.data.normalise import Normalise, statistics
+from rankwise.errors import DataError
+from rankwise.images.decoders import Decoders
+from rankwise.images.tree import Archive
+from rankwise.images.variation import How, draws, picture
 
 AHEAD = 2  # batches that are being prepared while one is used
 AT_ONCE = 8  # images of one piece of work
@@ -40,17 +40,17 @@ class Streamed:
 
     Attributes:
         files: the set.
-        chosen: (N,) which of its files are this part.
+        decoders: the processes that decode; what they read does not depend on their number.
+        chosen: (N,) which of the files are this part.
         normalise: of bytes, by the training part.
-        threads: how many decode; what they read does not depend on it.
         augment: varies images in a pass over them; what is taken outside one stays as it is.
         draw: the number of the pass.
     """
 
     files: Files
+    decoders: Decoders
     chosen: np.ndarray
     normalise: Normalise
-    threads: int
     augment: Augment | None = None
     draw: int | None = None
 
@@ -77,9 +77,12 @@ class Streamed:
         return self if self.augment is None else replace(self, draw=draw)
 
     def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, S, S) in channels-last order and labels (B,), decoded now."""
-        with _threads(self.threads) as pool:
-            return _finished(self._begin(pool, chosen))
+        """Images (B, C, S, S) in channels-last order and labels (B,), decoded here and now."""
+        batch = self._empty(chosen)
+        for place, name in enumerate(batch.names):
+            drawn = None if batch.drawn is None else batch.drawn[place]
+            batch.images[place] = picture(self.files.tree, name, self._how, drawn)
+        return self._finished(batch)
 
     def ahead(self, order: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches one after the other; the next ones are decoded while one is used.
@@ -90,53 +93,52 @@ class Streamed:
         Raises:
             DataError: an image is damaged: when its batch is due.
         """
-        # Small batches leave threads idle if only a few are begun.
-        enough = 2 * self.threads * AT_ONCE
+        # Small batches leave processes idle if only a few are begun.
+        enough = 2 * self.decoders.count * AT_ONCE
         begun: deque[_Batch] = deque()
-        with _threads(self.threads) as pool:
+        with _threads(self.decoders.count) as pool:
             for chosen in order:
                 begun.append(self._begin(pool, chosen))
-                if len(begun) > AHEAD and sum(len(b.labels) for b in begun) > enough:
-                    yield _finished(begun.popleft())
+                if len(begun) > AHEAD and sum(len(b.names) for b in begun) > enough:
+                    yield self._finished(begun.popleft())
             while begun:
-                yield _finished(begun.popleft())
+                yield self._finished(begun.popleft())
 
-    def _begin(self, pool: ThreadPoolExecutor, chosen: Tensor) -> _Batch:
-        files = self.files
-        numbers = self.chosen[chosen.numpy()]
-        shape = (len(numbers), files.size, files.size, files.channels)
-        images = np.empty(shape, np.float32)
+    def release(self) -> None:
+        """End the processes; they start anew when they are needed."""
+        self.decoders.close()
+
+    @property
+    def _how(self) -> How:
+        augment = self.augment if self.draw is not None else None
+        return replace(
+            self.files.how,
+            padding=0 if augment is None else augment.padding,
+            resized=augment is not None and augment.resized,
+        )
+
+    def _empty(self, chosen: Tensor) -> _Batch:
+        numbers, files = self.chosen[chosen.numpy()], self.files
+        names = [files.listing.names[number] for number in numbers]
+        images = np.empty((len(names), files.size, files.size, files.channels), np.uint8)
         drawn = None
         if self.augment is not None and self.draw is not None:
-            drawn = draws(self.draw, chosen)
-        pieces = [
-            pool.submit(self._fill, images, numbers, drawn, start)
-            for start in range(0, len(numbers), AT_ONCE)
-        ]
-        return _Batch(images, torch.from_numpy(files.listing.labels[numbers]), pieces)
+            drawn = draws(self.draw, chosen.numpy())
+        return _Batch(images, torch.from_numpy(files.listing.labels[numbers]), names, drawn, [])
 
-    def _fill(
-        self, images: np.ndarray, numbers: np.ndarray, drawn: np.ndarray | None, start: int
-    ) -> None:
-        """Decode one piece of a batch into its place."""
-        mean, deviation = self.normalise.mean.view(-1).numpy(), self.normalise.deviation.view(-1)
-        for place in range(start, min(start + AT_ONCE, len(numbers))):
-            name = self.files.listing.names[numbers[place]]
-            pixels = self._pixels(name, None if drawn is None else drawn[place])
-            # numpy in place of torch, whose operations would start threads of their own here.
-            np.subtract(pixels, mean, out=images[place], dtype=np.float32)
-            np.divide(images[place], deviation.numpy(), out=images[place])
+    def _begin(self, pool: ThreadPoolExecutor, chosen: Tensor) -> _Batch:
+        batch = self._empty(chosen)
+        for start in range(0, len(batch.names), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            drawn = None if batch.drawn is None else batch.drawn[part]
+            work = (batch.images[part], batch.names[part], self._how, drawn)
+            batch.pieces.append(pool.submit(self.decoders.fill, *work))
+        return batch
 
-    def _pixels(self, name: str, drawn: np.ndarray | None) -> np.ndarray:
-        files, content = self.files, self.files.tree.read(name)
-        if self.augment is None or drawn is None:
-            return files.decoded(content, name)
-        if not self.augment.resized:
-            return self.augment.one(files.decoded(content, name), drawn)
-        box = partial(self.augment.box, drawn)
-        path = path_of(files.tree, name)
-        pixels = decode(content, path, channels=files.channels, size=files.size, crop=box)
-        return self.augment.one(pixels, drawn)
+    def _finished(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+        for piece in batch.pieces:
+            piece.result()
+        return self.normalise(torch.from_numpy(batch.images).movedim(-1, 1)), batch.labels
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -168,13 +170,15 @@ class StreamedSplits:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    images: np.ndarray  # (B, S, S, C) float32, filled by the pieces
+    images: np.ndarray  # (B, S, S, C) uint8, filled by the pieces
     labels: Tensor
+    names: list[str]
+    drawn: np.ndarray | None  # (B, D)
     pieces: list[Future[None]]
 
 
 def stream(
-    files: Files, *, threads: int | None = None, augment: Augment | None = None
+    files: Files, *, workers: int | None = None, augment: Augment | None = None
 ) -> StreamedSplits:
     """Read listed files while they are trained on.
 
@@ -183,36 +187,48 @@ def stream(
 
     Args:
         files: what to read.
-        threads: how many decode; by default as many as there are cores, and at most eight.
+        workers: processes that decode; by default as many as there are cores, and at most eight.
         augment: of training images.
 
     Raises:
-        DataError: a class is too small to be cut, or a sampled image is damaged.
+        DataError: a class is too small to be cut, a sampled image is damaged, or the files are in a
+            tar archive, of which one file cannot be read alone.
     """
-    threads = cores() if threads is None else threads
+    if isinstance(files.tree, Archive) and not files.tree.by_name:
+        raise DataError(
+            f"{files.tree.place} cannot be streamed: a tar archive is read as a whole; unpack it, "
+            "or pack it as zip"
+        )
     digest = hashlib.sha256()
     for name, size in zip(files.listing.names, files.listing.sizes, strict=True):
         digest.update(f"{name}\0{size}\0".encode())
-    train, validation, test = cut(files.listing, files.fractions)
-    sampled = train[np.linspace(0, len(train) - 1, min(SAMPLED, len(train))).astype(int)]
-    with _threads(threads) as pool:
-        names = [files.listing.names[number] for number in sampled]
-        pixels = list(pool.map(lambda name: files.decoded(files.tree.read(name), name), names))
-    normalise = statistics(np.stack(pixels))
+    decoders = Decoders(files.tree.place, cores() if workers is None else workers)
+    neutral = Normalise(torch.zeros(files.channels, 1, 1), torch.ones(files.channels, 1, 1))
+    train, validation, test = (
+        Streamed(files=files, decoders=decoders, chosen=part, normalise=neutral)
+        for part in cut(files.listing, files.fractions)
+    )
+    count = len(train)
+    sampled = torch.linspace(0, count - 1, min(SAMPLED, count), dtype=torch.float64).long()
+    try:
+        batches = train.ahead(sampled.split(64))
+        pixels = [images.movedim(1, -1).byte().numpy() for images, _ in batches]
+    except BaseException:
+        decoders.close()
+        raise
+    normalise = statistics(np.concatenate(pixels))
     return StreamedSplits(
         name=files.name,
         classes=files.listing.classes,
-        train=Streamed(
-            files=files, chosen=train, normalise=normalise, threads=threads, augment=augment
-        ),
-        validation=Streamed(files=files, chosen=validation, normalise=normalise, threads=threads),
-        test=Streamed(files=files, chosen=test, normalise=normalise, threads=threads),
+        train=replace(train, normalise=normalise, augment=augment),
+        validation=replace(validation, normalise=normalise),
+        test=replace(test, normalise=normalise),
         checksum=digest.hexdigest()[:16],
     )
 
 
 def cores() -> int:
-    """Threads for one of the processes on this machine: its share of the cores, at most eight."""
+    """Processes for one of the trainers on this machine: its share of the cores, at most eight."""
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(8, (allowed or 1) // beside))
@@ -226,9 +242,3 @@ def _threads(count: int) -> Generator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _finished(batch: _Batch) -> tuple[Tensor, Tensor]:
-    for piece in batch.pieces:
-        piece.result()
-    return torch.from_numpy(batch.images).movedim(-1, 1), batch.labels

@@ -67,7 +67,7 @@ def train(
     begun = setup.begin(model, recipe, saved)
     dense = setup.size(model, *data.example(splits.train))
     optimizer = setup.make_optimizer(recipe, model)
-    with Journal(out, report) as journal:
+    with Journal(out, report) as journal, data.released(splits):
         loop = Loop(recipe, splits, device, journal, began, CarriedState(model))
         loop.run = rankwise.start(
             model,

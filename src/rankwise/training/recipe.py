@@ -58,7 +58,7 @@ class Recipe:
         False, "decode image files while training, also where they would fit in memory"
     )
     loader_workers: int | None = option(
-        None, "threads that decode streamed images (none: one a core, at most 8)", at_least=1
+        None, "processes that decode streamed images (none: one a core, at most 8)", at_least=1
     )
     context: int = option(128, "tokens in a window of text", at_least=1)
     tokens: str = option(

@@ -80,7 +80,7 @@ def load_data(recipe: Recipe, progress: Callable[[int, int], None] | None = None
             size=recipe.image_size,
             augment=recipe.augment,
             streamed=True if recipe.stream else None,
-            threads=recipe.loader_workers,
+            workers=recipe.loader_workers,
             progress=progress,
         )
     return whole if recipe.limit is None else data.Limited(whole, recipe.limit)

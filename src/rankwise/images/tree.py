@@ -174,6 +174,11 @@ class Archive:
                 self._children.setdefault("/".join(parts[:depth]), set()).add(part)
                 self._children.setdefault("/".join(parts[: depth + 1]), set())
 
+    @property
+    def by_name(self) -> bool:
+        """Whether one file can be read without the others: of zip archives."""
+        return self._zip is not None
+
     def has_folder(self, name: str) -> bool:
         """Whether there is such a folder."""
         return name in self._children
