@@ -64,6 +64,7 @@ def boxes(drawn: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def offset(drawn: np.ndarray, padding: int) -> np.ndarray:
+    """Pixels from the edge of the padded image, 0 to twice the padding, all equally likely."""
     return np.floor(drawn * (2 * padding + 1)).astype(np.int64)
 
 
