@@ -34,7 +34,7 @@ def study(monkeypatch) -> Any:
 
 
 def test_messages_are_read_once_in_an_order_of_their_own(study, tmp_path):
-    long = "one " * 13
+    long = "one " * 8
     catalogue(tmp_path / "b.mo", {"old file": "alte Datei", "new file": "neu", long: long + "x"})
     catalogue(tmp_path / "a.mo", {"old file": "die  alte\nDatei", "same words": "same words"})
     catalogue(tmp_path / "iso_3166.mo", {"New Zealand": "Neuseeland"})
@@ -46,7 +46,7 @@ def test_messages_are_read_once_in_an_order_of_their_own(study, tmp_path):
 
 def test_rows_are_trained_and_shown(study, tmp_path, capsys):
     words = ("open", "close", "read", "write", "new", "old", "file", "line")
-    messages = {f"{a} {b} {c}": f"{c} {a} {b}en" for a in words for b in words for c in words[:2]}
+    messages = {f"{a} {b} {c}": f"{c} {a} {b}en" for a in words for b in words for c in words[:3]}
     catalogue(tmp_path / "a.mo", messages)
     record = tmp_path / "record.jsonl"
     line = ["--catalogues", str(tmp_path), "--record", str(record), "--smoke"]

@@ -4,7 +4,7 @@ How long a stream is, is not known before its end, so a pass is a number of toke
 states. Pass e begins at document e D of the training part, D being what so many tokens take at the
 mean length of the documents that are held out, and an eighth more; it is read, tokenised, cut into
 windows, and these are shuffled. So a run is resumed without tokenising what came before: documents
-are skipped. An eighth or so of them is never read; where documents are short, a pass reads on
+are skipped. A ninth or so of them is never read; where documents are short, a pass reads on
 into those of the next. At the end of the stream it begins anew.
 
 Shapes: `L` tokens.
