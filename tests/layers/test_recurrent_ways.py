@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.testing import assert_close
 
 from rankwise.errors import OptionError
 from rankwise.layers import LowRankGRU, LowRankLSTM
-from rankwise.layers.recurrent import matrices, ways
+from rankwise.layers.recurrent import kept, ways
 from rankwise.layers.recurrent.matrices import read
 from rankwise.layers.recurrent.sequences import Layout
 
@@ -141,52 +142,70 @@ def test_the_loop_is_left_where_it_loses(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not loses(LowRankLSTM, 650, 162, 20, 35, device="cpu")
 
 
-def test_inference_forms_a_product_once_while_its_factors_stay(
-    monkeypatch: pytest.MonkeyPatch,
+class Counting(WeakKeyDictionary[Any, Any]):
+    """What is kept, and how often something was made."""
+
+    made = 0
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.made += 1
+        super().__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way", "options"),
+    [
+        (LowRankLSTM, "product", {"per_gate": True}),
+        (LowRankLSTM, "loop", {"proj_size": 5, "bidirectional": True}),
+        (LowRankGRU, "loop", {"per_gate": True}),
+    ],
+)
+def test_inference_makes_things_of_weights_once_while_they_stay(
+    kind: Any, way: str, options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, x = lstm(1, 4), noise(T, B, I)
-    layer.way, formed = "product", []
-    form = matrices.form
-    monkeypatch.setattr(matrices, "form", lambda u, v: formed.append(1) or form(u, v))
+    torch.manual_seed(0)
+    layer, x = kind(I, H, rank=(None, 4), dtype=torch.float64, **options), noise(T, B, I)
+    monkeypatch.setattr(kept, "_kept", found := Counting())
+    layer.way = way
 
-    def calls() -> int:
-        """How often W is formed in two calls, which give what a new layer of these weights does."""
-        count = len(formed)
+    def made(given: Tensor = x) -> int:
+        """How often in two calls, which give what a copy of the layer gives with gradients."""
+        count = found.made
         with torch.no_grad():
-            found = layer(x)[0], layer(x)[0]
-        count = len(formed) - count
+            ys = layer(given)[0], layer(given)[0]
         copied = copy.deepcopy(layer)
-        copied.way = "loop"
-        for y in found:
-            assert_close(y, copied(x)[0].detach(), rtol=1e-9, atol=1e-11)
-        return count
+        for y in ys:
+            assert_close(y, copied(given)[0].detach(), rtol=1e-9, atol=1e-11)
+        return found.made - count
 
-    u, v = layer.hh_l0.u.weight, layer.hh_l0.v.weight
-    assert calls() == 1
-    assert calls() == 0
+    assert made() == layer.directions
+    assert made() == 0
+    hh, generator = layer.hh_l0, torch.Generator().manual_seed(0)
     for write in (
-        lambda: u.data.mul_(2),
-        lambda: u.data.neg_(),
-        lambda: v.data.copy_(v.data.flip(1)),  # the same numbers elsewhere
-        lambda: u.data.copy_(u.data.roll(H, 0)),
-        lambda: v.detach().add_(1),
-        lambda: setattr(layer.hh_l0.u, "weight", torch.nn.Parameter(u.detach() + 1)),
-        lambda: layer.load_state_dict(lstm(1, 4).state_dict()),
+        lambda: hh.u.weight.data.mul_(2),
+        lambda: hh.u.weight.data.neg_(),
+        lambda: hh.v.weight.data.copy_(hh.v.weight.data.flip(1)),  # the same numbers elsewhere
+        lambda: hh.u.weight.detach().add_(1),
+        lambda: setattr(hh.u, "weight", torch.nn.Parameter(hh.u.weight.detach() / 2)),
+        lambda: [p.data.normal_(generator=generator) for p in layer.parameters()],
+        lambda: layer.load_state_dict({k: -w for k, w in layer.state_dict().items()}),
     ):
         write()
-        assert calls() == 1
-        assert calls() == 0
-    layer.hh_l0.u.bias.data.add_(1)  # no factor
-    assert calls() == 0
-    layer(x)  # with gradients: W is let go
-    assert calls() == 1
+        assert made() >= 1
+        assert made() == 0
+    layer.ih_l0.bias.data.add_(1)  # no factor of the product
+    assert made() == (way == "loop")
+    layer.ih_l0.weight.data.add_(1)
+    made()
+    if way == "loop":  # things are made for a shape
+        assert made(x[:, :1]) == layer.directions
+        assert made() == layer.directions
+    layer(x)  # with gradients: what was kept is let go
+    assert len(found) == 0
     with torch.inference_mode():
-        inside = lstm(1, 4)  # its parameters have no version
-        inside.way = "product"
-        inside(x)
-        count = len(formed)
-        inside(x)
-    assert len(formed) == count + 1
+        inside = copy.deepcopy(layer)  # its parameters have no version
+        assert_close(inside(x)[0], inside(x)[0], rtol=0, atol=0)
+    assert len(found) == 0
 
 
 @pytest.mark.parametrize("grad", [True, False])

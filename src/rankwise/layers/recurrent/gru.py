@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from rankwise.layers.recurrent import gru_loop
 from rankwise.layers.recurrent.base import OpenRecurrent, Ranks
 from rankwise.layers.recurrent.codes import operand_dtype, state_dtype
-from rankwise.layers.recurrent.matrices import Encoded, Matrix
+from rankwise.layers.recurrent.matrices import Encoded, Matrix, for_loop
 from rankwise.layers.recurrent.native import native
 from rankwise.layers.recurrent.sequences import Layout
 
@@ -85,13 +85,23 @@ class LowRankGRU(OpenRecurrent):
         assert isinstance(x, Tensor)  # no layer below ran as a projected LSTM
         dtype = operand_dtype(x)
         turned = reverse and layout.packed is not None
-        v = _n_first(ih) if ih.apart else ih.v
         x = layout.turn(x) if turned else x
-        zx = x if v is None else F.linear(x, v)
-        bx, bh = (m.u.new_zeros(len(m.u)) if m.bias is None else m.bias for m in matrices)
-        q0, h0 = F.linear(states[0], hh.v), states[0].to(state_dtype(dtype))
-        operands = (t.to(dtype) for t in (zx, ih.u, hh.u, bx, bh, hh.v, q0))
-        y = gru_loop.run(*operands, h0=h0, reverse=reverse and not turned, recompute=self.recompute)
+        v = _n_first(ih) if ih.apart else ih.v
+        zx = (x if v is None else F.linear(x, v)).to(dtype)
+        q0, h0 = F.linear(states[0], hh.v).to(dtype), states[0].to(state_dtype(dtype))
+
+        def factors() -> tuple[Tensor, ...]:
+            assert hh.v is not None
+            bx, bh = (m.u.new_zeros(len(m.u)) if m.bias is None else m.bias for m in matrices)
+            return tuple(t.to(dtype) for t in (ih.u, hh.u, bx, bh, hh.v))
+
+        where = {"reverse": reverse and not turned}
+        if hh.is_kept:
+            ready = for_loop(matrices, zx, lambda: gru_loop.prepare(zx, *factors()))
+            y = gru_loop.infer(zx, ready, q0, h0, **where)
+        else:
+            hh.let_go()
+            y = gru_loop.run(zx, *factors(), q0, h0, recompute=self.recompute, **where)
         y = layout.turn(y) if turned else y
         return y, layout.last(y, reverse)
 

@@ -79,6 +79,30 @@ def run(
     return _forward(*tensors, reverse, recompute, save)[0]
 
 
+def prepare(
+    zx: Tensor, ux: Tensor, uh: Tensor, bx: Tensor, bh: Tensor, v: Tensor
+) -> tuple[products.Product, ...]:
+    """The products of a loop over inputs of zx's shape: factors copied and reordered. As `run`."""
+    steps, batch, width_x = zx.shape
+    length, _ = chunks(steps, batch, 4 * v.shape[1], backwards=False)
+    ux, uh, bx, bh = packed(ux, uh, bx, bh)
+    return (
+        products.of_gates(ux, G, length * batch, width_x, bx),
+        products.of_gates(uh, G, batch, len(v), bh),
+        products.product(v * 2, batch),
+    )
+
+
+def infer(
+    zx: Tensor, ready: tuple[products.Product, ...], q0: Tensor, h0: Tensor, reverse: bool = False
+) -> Tensor:
+    """As `run`, without gradients, by factors that were prepared."""
+    output = zx.new_empty(*zx.shape[:2], h0.shape[1])
+    with torch.autocast(zx.device.type, enabled=False):
+        _loop(zx, ready, q0, h0, (output, h0.new_empty(0), zx.new_empty(0)), reverse)
+    return output
+
+
 @torch.library.custom_op("rankwise::gru", mutates_args=())
 def _forward(
     zx: Tensor,
@@ -99,15 +123,14 @@ def _forward(
     slab = h0.new_empty((steps, batch, 4 * hidden) if save and not recompute else 0)
     codes = zx.new_empty((steps, batch, width_x + width) if save else 0)
     with torch.autocast(zx.device.type, enabled=False):
-        weights = packed(ux, uh, bx, bh)
-        _loop(zx, weights, v, q0, h0, (output, slab, codes), reverse)
+        ready = prepare(zx, ux, uh, bx, bh, v)
+        _loop(zx, ready, q0, h0, (output, slab, codes), reverse)
     return output, slab, codes
 
 
 def _loop(
     zx: Tensor,
-    weights: tuple[Tensor, ...],
-    v: Tensor,
+    ready: tuple[products.Product, ...],
     q: Tensor,
     h0: Tensor,
     kept: tuple[Tensor, Tensor, Tensor],
@@ -115,12 +138,9 @@ def _loop(
 ) -> None:
     """Run all steps: fill the outputs, and of gates and codes those that are not empty."""
     output, slab, codes = kept
-    (steps, batch, hidden), (width_x, width) = output.shape, (zx.shape[2], len(v))
-    (ux, uh, bx, bh), mixed = weights, zx.dtype != h0.dtype
-    length, ranges = chunks(steps, batch, 4 * hidden, backwards=reverse)
-    from_x = products.of_gates(ux, G, length * batch, width_x, bx)
-    from_h = products.of_gates(uh, G, batch, width, bh)
-    to_codes = products.product(v * 2, batch)
+    (steps, batch, hidden), width_x, mixed = output.shape, zx.shape[2], zx.dtype != h0.dtype
+    _, ranges = chunks(steps, batch, 4 * hidden, backwards=reverse)
+    from_x, from_h, to_codes = ready
     if len(codes):
         codes[..., :width_x] = zx
     of_h, h = codes[..., width_x:].unbind(0), output.unbind(0)

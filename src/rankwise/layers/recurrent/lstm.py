@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from rankwise.layers.recurrent import lstm_loop
 from rankwise.layers.recurrent.base import OpenRecurrent, Ranks
 from rankwise.layers.recurrent.codes import operand_dtype, state_dtype
-from rankwise.layers.recurrent.matrices import Encoded, Matrix, bias_of
+from rankwise.layers.recurrent.matrices import Encoded, Matrix, bias_of, for_loop
 from rankwise.layers.recurrent.native import native, projected
 from rankwise.layers.recurrent.sequences import Layout
 
@@ -90,21 +90,23 @@ class LowRankLSTM(OpenRecurrent):
             return projected(x, states, ih, hh, ahead, layout)
         assert hh.v is not None
         dtype = operand_dtype(states[0])
-        z0 = F.linear(states[0], hh.v)
-        c0 = states[1].to(state_dtype(dtype))
-        whole = projection[0].product() if projection else None
-        # h is seen through V alone: of its projection the loop needs V W_hr.
-        v = hh.v if whole is None else hh.v @ whole
+        z0, c0 = F.linear(states[0], hh.v).to(dtype), states[1].to(state_dtype(dtype))
         turned = reverse and layout.packed is not None
-        zx = ih.encode(layout.turn(x) if turned and isinstance(x, Tensor) else x)
-        operands = (t.to(dtype) for t in (zx, ih.u, hh.u, bias_of(ih, hh), v, z0))
-        y, c = lstm_loop.run(
-            *operands,
-            c0=c0,
-            reverse=reverse and not turned,
-            recompute=self.recompute,
-            batch_sizes=layout.batch_sizes,
-        )
+        zx = ih.encode(layout.turn(x) if turned and isinstance(x, Tensor) else x).to(dtype)
+
+        def factors() -> tuple[Tensor, ...]:
+            assert hh.v is not None
+            # h is seen through V alone: of its projection the loop needs V W_hr.
+            v = hh.v @ projection[0].product() if projection else hh.v
+            return tuple(t.to(dtype) for t in (ih.u, hh.u, bias_of(ih, hh), v))
+
+        where = {"reverse": reverse and not turned, "batch_sizes": layout.batch_sizes}
+        if hh.is_kept:
+            ready = for_loop(matrices, zx, lambda: lstm_loop.prepare(zx, *factors()))
+            y, c = lstm_loop.infer(zx, ready, z0, c0, **where)
+        else:
+            hh.let_go()
+            y, c = lstm_loop.run(zx, *factors(), z0, c0, recompute=self.recompute, **where)
         if projection:
             y = F.linear(projection[0].encode(y), projection[0].u)
         y = layout.turn(y) if turned else y

@@ -33,6 +33,7 @@ from rankwise.layers.recurrent import products
 from rankwise.layers.recurrent.codes import add_up, chunks, ends, no_second
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Ready = tuple[products.Steps, products.Into]
 G = 4  # i, f, g, o
 
 
@@ -71,6 +72,30 @@ def run(
     return hidden, last
 
 
+def prepare(zx: Tensor, ux: Tensor, uh: Tensor, bias: Tensor, v: Tensor) -> Ready:
+    """The products of a loop over inputs of zx's shape: factors copied and reordered. As `run`."""
+    steps, batch, _ = zx.shape
+    length, _ = chunks(steps, batch, len(uh), backwards=False)
+    factors = (doubled(ux), doubled(uh), doubled(bias))
+    step = products.Steps(zx, *factors, G, length * batch, len(v))
+    return step, products.into(-v, batch)
+
+
+def infer(
+    zx: Tensor,
+    ready: Ready,
+    z0: Tensor,
+    c0: Tensor,
+    reverse: bool = False,
+    batch_sizes: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """As `run`, without gradients, by factors that were prepared."""
+    output, nothing = zx.new_empty(*zx.shape[:2], c0.shape[1]), c0.new_empty(0)
+    with torch.autocast(zx.device.type, enabled=False):
+        kept = (output, nothing, nothing, zx.new_empty(0))
+        return output, _loop(zx, ready, z0, c0, kept, reverse, batch_sizes)
+
+
 @torch.library.custom_op("rankwise::lstm", mutates_args=())
 def _forward(
     zx: Tensor,
@@ -93,9 +118,8 @@ def _forward(
     slab = c0.new_empty((steps, batch, G * hidden) if save and not recompute else 0)
     codes = zx.new_empty((steps, batch, zx.shape[2] + width) if save else 0)
     with torch.autocast(zx.device.type, enabled=False):
-        factors = (doubled(ux), doubled(uh), doubled(bias))
-        kept = (output, cells, slab, codes)
-        last = _loop(zx, *factors, v, z0, c0, kept, reverse, batch_sizes)
+        ready = prepare(zx, ux, uh, bias, v)
+        last = _loop(zx, ready, z0, c0, (output, cells, slab, codes), reverse, batch_sizes)
     return output, last, slab, cells, codes
 
 
@@ -108,10 +132,7 @@ def doubled(weight: Tensor) -> Tensor:
 
 def _loop(
     zx: Tensor,
-    ux: Tensor,
-    uh: Tensor,
-    bias: Tensor,
-    v: Tensor,
+    ready: Ready,
     z0: Tensor,
     c0: Tensor,
     kept: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -120,10 +141,9 @@ def _loop(
 ) -> Tensor:
     """Run all steps: fill the outputs, and of 2 c, gates and codes those that are not empty."""
     output, cells, slab, codes = kept
-    (steps, batch, hidden), (width_x, width) = output.shape, (zx.shape[2], len(v))
-    length, ranges = chunks(steps, batch, G * hidden, backwards=reverse)
-    step = products.Steps(zx, ux, uh, bias, G, length * batch, width)
-    encode = products.into(-v, batch)
+    (steps, batch, hidden), (width_x, width) = output.shape, (zx.shape[2], z0.shape[1])
+    _, ranges = chunks(steps, batch, G * hidden, backwards=reverse)
+    step, encode = ready
     if step.joined and not len(codes):
         codes = zx.new_empty(steps, batch, width_x + width)
     if len(codes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from rankwise.errors import FactorizeError
 from rankwise.layers.adapted import AdaptedLayer
 from rankwise.layers.linear import LowRankLinear
-from rankwise.layers.recurrent.kept import can_keep, kept
+from rankwise.layers.recurrent.codes import ROWS
+from rankwise.layers.recurrent.kept import Made, can_keep, kept, let_go
 from rankwise.layers.recurrent.products import encode, form
 
 
@@ -31,14 +33,14 @@ class Matrix:
         v: (R, N), or (G R, N) where each gate has R codes of its own; None: dense.
         bias: (G H) or None.
         gates: G.
-        owner: the layer whose parameters the factors are; None: they are of no use to a later call.
+        owner: the child that was read; None: the factors are of no use to a later call.
     """
 
     u: Tensor
     v: Tensor | None
     bias: Tensor | None
     gates: int
-    owner: LowRankLinear | None = None
+    owner: nn.Module | None = None
 
     @property
     def apart(self) -> bool:
@@ -57,15 +59,20 @@ class Matrix:
             return self.u
         if self.owner is None:
             return self._form()
-        return kept(self.owner, self._factors(), self._form)
+        return kept(self.owner, self._factors(), self._form, "product")
 
     @property
     def is_kept(self) -> bool:
-        """Whether the product need not be formed at each call."""
+        """Whether what is made of the factors need not be made at each call."""
         return self.owner is not None and can_keep(self._factors())
 
+    def let_go(self) -> None:
+        """Keep nothing that was made of the factors."""
+        if self.owner is not None:
+            let_go(self.owner)
+
     def _factors(self) -> list[Tensor]:
-        assert self.owner is not None
+        assert isinstance(self.owner, LowRankLinear)
         return [getattr(self.owner, part).weight for part in self.owner.parts]
 
     def _form(self) -> Tensor:
@@ -93,14 +100,14 @@ def read(child: Any, gates: int, name: str = "") -> Matrix:
         FactorizeError: any other layer, BatchNorm between the factors, or dropout before them.
     """
     if isinstance(child, nn.Linear):
-        return Matrix(child.weight, None, child.bias, gates)
+        return Matrix(child.weight, None, child.bias, gates, child)
     if isinstance(child, AdaptedLayer):
         if child.dropout:
             raise FactorizeError(
                 f"{name} drops inputs of its update (dropout={child.dropout:g}); a recurrent layer "
                 "reads one matrix for all steps, weight and update together. Use dropout=0"
             )
-        return Matrix(child.weight, None, child.base.bias, gates)
+        return Matrix(child.weight, None, child.base.bias, gates, child)
     if not isinstance(child, LowRankLinear):
         raise FactorizeError(
             f"{name} is a {type(child).__name__}; a recurrent layer reads the weights of its "
@@ -114,7 +121,7 @@ def read(child: Any, gates: int, name: str = "") -> Matrix:
         )
     bias = child.u.bias
     if child.blocks > 1 and gates % child.blocks:
-        return Matrix(child.weight, None, bias, gates)
+        return Matrix(child.weight, None, bias, gates, child)
     u = child.to_factor("u", child.u.weight)
     if child.core is not None:
         u = u @ child.to_factor("core", child.core.weight)
@@ -125,6 +132,22 @@ def read(child: Any, gates: int, name: str = "") -> Matrix:
         v = v.unflatten(0, (child.blocks, -1)).repeat_interleave(gates // child.blocks, 0)
         v = v.flatten(0, 1)
     return Matrix(u.flatten(0, 1), v, bias, gates, child)
+
+
+def for_loop(matrices: Sequence[Matrix], zx: Tensor, make: Callable[[], Made]) -> Made:
+    """What a loop makes of the matrices of a layer in one direction, as an earlier call did.
+
+    Args:
+        matrices: the input's, the recurrent one's, the projection's if there is one.
+        zx: (T, B, K), what it will run over.
+        make: makes it for that.
+    """
+    owners = [matrix.owner for matrix in matrices]
+    home = owners[1]
+    assert home is not None
+    weights = [p for owner in owners if owner is not None for p in owner.parameters()]
+    # Prepared for so many rows; longer sequences than a chunk are run in chunks.
+    return kept(home, weights, make, "loop", zx.dtype, zx.shape[1:], min(len(zx), ROWS))
 
 
 def bias_of(ih: Matrix, hh: Matrix) -> Tensor:

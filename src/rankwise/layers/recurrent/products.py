@@ -22,6 +22,7 @@ from rankwise.onednn import by_onednn, multiply
 JOINED, JOINED_FEW, FEW = 1 << 21, 1 << 18, 8
 
 Product = Callable[[Tensor], Tensor]
+Into = Callable[[Tensor, Tensor], Tensor]
 Sum = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -37,7 +38,7 @@ def product(weight: Tensor, rows: int, bias: Tensor | None = None) -> Product:
     return lambda x: torch.addmm(bias, x, turned)
 
 
-def into(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+def into(weight: Tensor, rows: int) -> Into:
     """x (rows, K), y (rows, N) -> y, which becomes x W^T; for many x."""
     if by_onednn(weight, rows):
         times = product(weight, rows)  # it allocates its results

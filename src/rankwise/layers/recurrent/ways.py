@@ -110,7 +110,7 @@ def loop_loses(x: Tensor, matrices: Sequence[Matrix], layout: Layout) -> bool:
     forming = 0 if hh.is_kept else 4 * hh.u.numel() * hidden
     threads = _THREADS if torch.compiler.is_compiling() else torch.get_num_threads()
     calls = CALLS * threads ** (2 if hh.is_kept else 1.5)
-    packing = PACKING * (factors + matrices[0].u.numel())
+    packing = 0 if hh.is_kept else PACKING * (factors + matrices[0].u.numel())
     return steps * saved + forming < steps * calls + packing
 
 
