@@ -37,7 +37,8 @@ class OpenRecurrent(nn.Module, ABC):
     LowRankLinear in its place, and owns torch's bias of that name. So whatever treats linear
     layers by name treats these. Children are read, not called: the product with the inputs is
     taken for many steps at once and the one with the hidden state inside a loop, so hooks on
-    children do not run.
+    children do not run. In inference on the processor a layer keeps what it makes of its weights
+    (`recurrent.kept`): up to the memory of a dense recurrent matrix, until it is run with gradients.
 
     Attributes:
         recompute: keep no gates for backward but make them again: a quarter to a half of the
