@@ -38,7 +38,7 @@ class OpenRecurrent(nn.Module, ABC):
     layers by name treats these. Children are read, not called: the product with the inputs is
     taken for many steps at once and the one with the hidden state inside a loop, so hooks on
     children do not run. In inference on the processor a layer keeps what it makes of its weights
-    (`recurrent.kept`): up to the memory of a dense recurrent matrix, until it is run with gradients.
+    (`recurrent.kept`) until it is run with gradients: at most as much as its dense matrices.
 
     Attributes:
         recompute: keep no gates for backward but make them again: a quarter to a half of the
