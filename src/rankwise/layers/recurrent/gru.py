@@ -90,10 +90,13 @@ class LowRankGRU(OpenRecurrent):
         zx = (x if v is None else F.linear(x, v)).to(dtype)
         q0, h0 = F.linear(states[0], hh.v).to(dtype), states[0].to(state_dtype(dtype))
 
-        def factors() -> tuple[Tensor, ...]:
+        def factors() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             assert hh.v is not None
-            bx, bh = (m.u.new_zeros(len(m.u)) if m.bias is None else m.bias for m in matrices)
-            return tuple(t.to(dtype) for t in (ih.u, hh.u, bx, bh, hh.v))
+            ux, uh, v = (t.to(dtype) for t in (ih.u, hh.u, hh.v))
+            bx, bh = (
+                uh.new_zeros(len(uh)) if m.bias is None else m.bias.to(dtype) for m in matrices
+            )
+            return ux, uh, bx, bh, v
 
         where = {"reverse": reverse and not turned}
         if hh.is_kept:

@@ -94,11 +94,11 @@ class LowRankLSTM(OpenRecurrent):
         turned = reverse and layout.packed is not None
         zx = ih.encode(layout.turn(x) if turned and isinstance(x, Tensor) else x).to(dtype)
 
-        def factors() -> tuple[Tensor, ...]:
+        def factors() -> tuple[Tensor, Tensor, Tensor, Tensor]:
             assert hh.v is not None
             # h is seen through V alone: of its projection the loop needs V W_hr.
             v = hh.v @ projection[0].product() if projection else hh.v
-            return tuple(t.to(dtype) for t in (ih.u, hh.u, bias_of(ih, hh), v))
+            return ih.u.to(dtype), hh.u.to(dtype), bias_of(ih, hh).to(dtype), v.to(dtype)
 
         where = {"reverse": reverse and not turned, "batch_sizes": layout.batch_sizes}
         if hh.is_kept:
