@@ -1,7 +1,8 @@
 """Memory of a training step with low-rank gradients, measured: every tensor that is alive.
 
-    pip install --no-deps galore-torch==1.0 torchao==0.18.0
-    python benchmarks/gradient_memory.py [--models llama-60m ...] [--sides NAME ...] [--json FILE]
+    pip install --no-deps galore-torch==1.0; pip install --no-deps --target low-bit torchao==0.18.0
+    PYTHONPATH=low-bit python benchmarks/gradient_memory.py [--models NAME ...] [--sides NAME ...]
+        [--json FILE]
 
 Each side trains the whole network for 5 steps of two micro-batches of 32 tokens with clipping at
 norm 1, in a process of its own. All storages that torch makes are counted while they live. `kept`
