@@ -153,7 +153,7 @@ def plan(
     record: Record, rows: Sequence[str], rates: Sequence[float], seeds: Sequence[int]
 ) -> Iterator[tuple[str, float, int]]:
     """All runs: every row and seed at the first rate, seed 0 at the others, all at the best one."""
-    yield from ((row, rates[0], seed) for row in rows for seed in seeds)
+    yield from ((row, rates[0], seed) for seed in seeds for row in rows)
     yield from ((row, lr, 0) for row in rows if row in TUNED for lr in rates)
     for row in rows:
         best = record.best(row)

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from torch.testing import assert_close
 
 import rankwise
@@ -103,6 +104,10 @@ def test_no_more_is_read_than_a_pass_needs(c4, monkeypatch):
     assert len(seen) == len(found)  # what lies before is skipped, what lies behind is left
     splits.train.for_pass(5)
     assert len(seen) == len(found)  # and a pass is kept
+    windows, following = splits.train.take(torch.tensor([1, 0]))
+    assert len(seen) <= len(found) + 3  # as sizes are counted for
+    assert_close(windows, splits.train.for_pass(0).take(torch.tensor([1, 0]))[0], rtol=0, atol=0)
+    assert following.shape == (2, 16)
 
 
 def test_one_file_gives_up_its_first_documents(tmp_path, monkeypatch):

@@ -87,8 +87,9 @@ class PassingSplit:
         return self.tokens // self.context
 
     def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Windows of the first pass by number."""
-        return self.for_pass(0).take(chosen)
+        """Windows of the first pass by number; no more is read than they need."""
+        needed = (int(chosen.max()) + 1) * self.context + 1
+        return TextSplit(self._stretch(0, needed), self.context).take(chosen)
 
     def for_epoch(self, draw: int, streams: int = 0) -> TextSplit:
         """The first pass; `for_pass` gives the others."""
@@ -98,11 +99,11 @@ class PassingSplit:
         """The windows of one pass; only the last one asked for stays in memory."""
         if self._pass is None or self._pass[0] != epoch:
             self._pass = None
-            self._pass = (epoch, TextSplit(self._stretch(epoch * self.stride), self.context))
+            tokens = self._stretch(epoch * self.stride, len(self) * self.context + 1)
+            self._pass = (epoch, TextSplit(tokens, self.context))
         return self._pass[1]
 
-    def _stretch(self, first: int) -> Tensor:
-        wanted = len(self) * self.context + 1
+    def _stretch(self, first: int, wanted: int) -> Tensor:
         parts: list[Tensor] = []
         found = 0
         for text in self._from(first):
