@@ -88,7 +88,7 @@ class Knows(nn.Module):
 
 
 def test_copying_what_the_decoder_reads_is_no_perplexity_of_one(pairs):
-    """As in the published program, whose targets were what the decoder read."""
+    """It was where the targets were what the network read, as in one program of the field."""
     splits = load_pairs("pairs:pairs.tsv")
     assert len(splits.classes) == 4 + 12
 

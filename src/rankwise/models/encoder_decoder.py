@@ -6,8 +6,8 @@ attention without biases, sinusoidal positions, and one embedding, times sqrt(D)
 and output. Matrices are drawn by Xavier's uniform rule, the embedding from a normal of deviation
 1 / sqrt(D), so that both what it gives and the first scores have deviation 1.
 
-Deviation: the published program also drops attention weights; here, as in the paper, only
-embeddings and what each part adds are dropped.
+Programs of this form often drop attention weights as well; here, as in the paper, only embeddings
+and what each part adds are dropped.
 
 Shapes: `B` pairs, `S` source tokens, `T` target tokens, `D` width, `H` heads.
 """
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from rankwise.errors import OptionError
 
-EPSILON = 1e-6  # of LayerNorm, as in the published program
+EPSILON = 1e-6  # of LayerNorm
 WAVELENGTH = 10_000.0
 
 
