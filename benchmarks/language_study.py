@@ -282,6 +282,7 @@ def arguments(rows: Mapping[str, Row], about: str, argv: Sequence[str] | None) -
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--data", default="shakespeare", help="text:FILE, or shakespeare")
     parser.add_argument("--rows", nargs="+", choices=list(rows), default=list(rows), metavar="NAME")
+    parser.add_argument("--at", type=float, help="every seed at this rate, beside the tuned one")
     parser.add_argument("--record", type=Path, help="lines of earlier runs, and of these")
     parser.add_argument("--table", action="store_true", help="show what is recorded, train nothing")
     parser.add_argument("--smoke", action="store_true", help="few steps: seconds, not an hour")
@@ -323,7 +324,8 @@ def main(name: str, rows: Mapping[str, Row], about: str, argv: Sequence[str] | N
             return what | train(row, splits, lr, seed, steps)
 
         best = tune(label, row, record, run, grow=not options.smoke)
-        for seed in SEEDS:
-            record.get(label, best, seed, partial(run, best, seed))
+        for lr in (best, options.at or best):
+            for seed in SEEDS:
+                record.get(label, lr, seed, partial(run, lr, seed))
     table(record, list(rows))
     return 0
