@@ -121,7 +121,7 @@ def compare(name: str, splits: data.TextSplits, network: str, rank: int, steps: 
     matrices = method.engine.matrices
     assert matrices.keys() == inner.keys()
 
-    def step_theirs(inputs: Tensor, targets: Tensor, step: int) -> None:
+    def step_theirs(inputs: Any, targets: Tensor, step: int) -> None:
         for group in program.param_groups:
             group["eps"] = pair.epsilon * (1 - group["betas"][1] ** (step + 1)) ** 0.5
         backward(theirs, program, inputs, targets)
@@ -133,7 +133,7 @@ def compare(name: str, splits: data.TextSplits, network: str, rank: int, steps: 
             for key, matrix in matrices.items():
                 from_theirs(matrix, program.state[inner[key]]["projector"].ortho_matrix)
 
-    def step_ours(inputs: Tensor, targets: Tensor, step: int) -> None:
+    def step_ours(inputs: Any, targets: Tensor, step: int) -> None:
         backward(ours, optimizer, inputs, targets)
         optimizer.step()
 
@@ -149,7 +149,7 @@ def compare(name: str, splits: data.TextSplits, network: str, rank: int, steps: 
     return found
 
 
-def backward(model: nn.Module, optimizer: Optimizer, inputs: Tensor, targets: Tensor) -> None:
+def backward(model: nn.Module, optimizer: Optimizer, inputs: Any, targets: Tensor) -> None:
     optimizer.zero_grad()
     F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
 

@@ -106,7 +106,7 @@ class Trainer:
             model, method, self.optimizers[0], total_steps=STEPS, sample=sample, seed=seed
         )
 
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    def step(self, inputs: Any, targets: torch.Tensor) -> float:
         if not self.schedulers:  # a method has added its parameter groups by now
             self.schedulers = [LambdaLR(each, schedule) for each in self.optimizers]
         for optimizer in self.optimizers:
