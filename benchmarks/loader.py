@@ -1,6 +1,6 @@
 """Does the training step wait for its images? Streams of image files, alone and under a step.
 
-    python benchmarks/loader.py [--data DIR] [--threads 2] [--json FILE] [--smoke]
+    python benchmarks/loader.py [--data DIR] [--sizes 32 ...] [--threads 2] [--json FILE] [--smoke]
 
 Pictures of 500x375, JPEG of quality 90, are made (sums of noise at all scales, as large as
 photographs of that size); --data takes a folder of the user's, one folder a class, instead.
@@ -40,7 +40,8 @@ SIZES = (32, 64, 224)
 WORKERS = (1, 2)
 # Network, side, images of a batch, batches that are timed.
 TRAINED = (("resnet-18", 32, 32, 4), ("resnet-50", 224, 4, 2))
-SEEN = 192  # images of one measurement of the stream alone
+SEEN = 768  # images of one measurement of the stream alone
+BATCH, SKIPPED = 32, 4  # its batches, and how many of them pass before the clock starts
 
 
 def pictures(root: Path, count: int, seed: int = 0) -> None:
@@ -88,11 +89,14 @@ def in_batches(count: int, seen: int, batch: int) -> list[Tensor]:
     return list((torch.arange(seen) % count).split(batch))
 
 
-def speed(batches: Iterable[Any], images: int) -> float:
-    """Images per second, from the first request to the last batch."""
-    began = time.perf_counter()
-    for _ in batches:
-        pass
+def speed(items: Iterable[Any], each: int) -> float:
+    """Images per second once it flows: the first batches, and what was begun with them, pass."""
+    began, images, passed = 0.0, 0, SKIPPED * BATCH // each
+    for number, _ in enumerate(items, start=1):
+        if number == passed:
+            began = time.perf_counter()
+        elif number > passed:
+            images += each
     return images / (time.perf_counter() - began)
 
 
@@ -103,21 +107,18 @@ def alone(
     for size in sizes:
         for workers in counts:
             part = streamed(root, size, workers).train
-            order = in_batches(len(part), seen, 32)
+            order = in_batches(len(part), seen, BATCH)
             numbers = [chosen.tolist() for chosen in order]
             varied = OneByOne(part)
             speeds: dict[str, list[float]] = {"processes": [], "threads": [], "DataLoader": []}
             for _ in range(repeats):
                 with closing(data.read(part.for_epoch(1), order)) as batches:
-                    speeds["processes"].append(speed(batches, seen))
+                    speeds["processes"].append(speed(batches, BATCH))
                 with ThreadPoolExecutor(workers) as pool:
                     every = pool.map(varied.__getitem__, chain.from_iterable(numbers))
-                    speeds["threads"].append(speed(every, seen))
+                    speeds["threads"].append(speed(every, 1))
                 loader = DataLoader(varied, batch_sampler=numbers, num_workers=workers)
-                running = iter(loader)  # its processes start here, outside the time
-                next(running)
-                speeds["DataLoader"].append(speed(running, seen - len(order[0])))
-                del running
+                speeds["DataLoader"].append(speed(loader, BATCH))
             part.release()
             for kind, found in speeds.items():
                 yield {"size": size, "workers": workers, "kind": kind, "images_per_s": found}
@@ -127,11 +128,11 @@ def under_a_step(
     root: Path, name: str, size: int, batch: int, steps: int, repeats: int
 ) -> Iterator[dict[str, Any]]:
     """Rows of one network: steps with images in memory, and with streams, in turns."""
+    kept = data.load(f"folder:{root}", size=size, augment="random-resized-crop")
     torch.manual_seed(0)
-    model = models.build(name, classes=2, input_shape=(3, size, size))
+    model = models.build(name, classes=len(kept.classes), input_shape=(3, size, size))
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
-    kept = data.load(f"folder:{root}", size=size, augment="random-resized-crop")
     sides: dict[str, data.Examples] = {"memory": kept.train}
     sides |= {f"stream, {n}": streamed(root, size, n).train for n in WORKERS}
     rows = {side: {"step_s": [], "wait": []} for side in sides}
@@ -144,6 +145,8 @@ def under_a_step(
                 began = time.perf_counter()
                 for _ in range(steps):
                     optimizer.zero_grad()
+                    assert isinstance(images, Tensor)
+                    images = images.to(memory_format=torch.channels_last)  # as the loop does
                     F.cross_entropy(model(images), labels).backward()
                     optimizer.step()
                     asked = time.perf_counter()
@@ -189,14 +192,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, help="folder of images, one folder a class")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads in a step")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="sides in pixels")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file of the record")
     parser.add_argument("--smoke", action="store_true", help="one repeat of the small cases")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    sizes, trained, repeats, seen = SIZES, TRAINED, asked.repeats, SEEN
+    sizes, repeats, seen = asked.sizes, asked.repeats, SEEN
+    trained = [entry for entry in TRAINED if entry[1] in sizes]
     if asked.smoke:
-        sizes, trained, repeats, seen = (32,), (("vgg-small", 32, 8, 2),), 1, 64
+        sizes, trained, repeats, seen = [32], [("vgg-small", 32, 8, 2)], 1, 256
     with tempfile.TemporaryDirectory() as made:
         root = asked.data or Path(made)
         if asked.data is None:

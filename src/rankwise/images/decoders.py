@@ -1,8 +1,8 @@
 """Processes that decode images, as the loop sees them: fill this part of a batch.
 
-Pillow holds Python's lock while it decodes, so threads gain nothing. These processes are started
-from nothing rather than forked: they hold no copy of the trainer, its threads or its GPU. They are
-in a process group of their own, where Ctrl-C does not reach them.
+Threads would share Python's lock with each other and with the loop, and stop gaining after a few.
+These processes are started from nothing rather than forked: they hold no copy of the trainer, its
+threads or its GPU. They are in a process group of their own, where Ctrl-C does not reach them.
 """
 
 from __future__ import annotations
