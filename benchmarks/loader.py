@@ -40,7 +40,7 @@ SIZES = (32, 64, 224)
 WORKERS = (1, 2)
 # Network, side, images of a batch, batches that are timed.
 TRAINED = (("resnet-18", 32, 32, 4), ("resnet-50", 224, 4, 2))
-SEEN = 768  # images of one measurement of the stream alone
+SEEN = 384  # images of one measurement of the stream alone
 BATCH, SKIPPED = 32, 4  # its batches, and how many of them pass before the clock starts
 
 
