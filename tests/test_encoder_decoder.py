@@ -35,7 +35,7 @@ def stored(model: nn.Module) -> int:
 
 
 def test_the_published_sizes_are_met_to_the_parameter() -> None:
-    """48.98 and 26.70 million in table 4 of arXiv 2103.03936, counted here by hand."""
+    """48.98 and 26.70 million (arXiv 2103.03936), counted here by hand."""
     attention, feed, norm = 4 * 512**2, 2 * 512 * 2048 + 2048 + 512, 2 * 512
     encoder, decoder = attention + feed + 2 * norm, 2 * attention + feed + 3 * norm
     outside = 9_521 * 512 + 2 * norm
