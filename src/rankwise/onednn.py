@@ -31,7 +31,8 @@ def _available() -> bool:
 def by_onednn(weight: Tensor, rows: int) -> bool:
     """Whether a product of `rows` rows with a weight goes by oneDNN."""
     return (
-        weight.device.type == "cpu"
+        not torch.compiler.is_compiling()  # the compiler chooses by itself
+        and weight.device.type == "cpu"
         and weight.dtype in _DTYPES
         and 2 * rows * weight.numel() >= WORTH
         and torch.backends.mkldnn.enabled

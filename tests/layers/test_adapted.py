@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
+from rankwise import onednn
 from rankwise.errors import LifeCycleError, OptionError, PlanError
 from rankwise.layers import AdaptedLayer, low_rank_class
 from rankwise.layers.adapted import Chunks, draw_update
@@ -249,3 +251,44 @@ def test_errors_say_what_to_do() -> None:
         draw_update(layer.heads[0], "ortogonal", torch.Generator())
     with pytest.raises(AttributeError, match="nonsense"):
         _ = layer.nonsense
+
+
+@pytest.mark.parametrize("heads", [(), (2,)])
+@pytest.mark.parametrize("rows", [6, 200])  # more rows: the sum W + s U V is formed
+def test_products_by_onednn_are_those_by_mm(rows, heads, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x, weight, bias = draw(2, rows // 2, 33), draw(40, 33), draw(40)
+    u, v, grad = draw(*heads, 40, 5), draw(*heads, 5, 33), draw(2, rows // 2, 40)
+
+    def passes(dtype: torch.dtype) -> list[torch.Tensor]:
+        tensors = [t.to(dtype).requires_grad_() for t in (x, weight, bias, u, v)]
+        y = adapted_linear(*tensors, scale=2.0)
+        return [y, *torch.autograd.grad(y, tensors, grad.to(dtype))]
+
+    exact = passes(torch.float64)
+    for worth in (0.0, float("inf")):
+        monkeypatch.setattr(onednn, "WORTH", worth)
+        for mine, wanted in zip(passes(torch.float32), exact, strict=True):
+            assert_close(mine.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
+def test_an_adapted_map_compiles_as_a_whole(monkeypatch):
+    monkeypatch.setattr(onednn, "WORTH", 0.0)
+    torch.manual_seed(0)
+    x, weight, u, v = (
+        torch.randn(8, 16),
+        torch.randn(12, 16),
+        torch.randn(12, 3),
+        torch.randn(3, 16),
+    )
+
+    def forward(x):
+        return adapted_linear(x, weight, None, u, v, 2.0)
+
+    compiled = torch.compile(forward, backend="eager", fullgraph=True)
+    assert_close(compiled(x), forward(x), rtol=1e-5, atol=1e-5)

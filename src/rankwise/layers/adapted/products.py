@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankwise.onednn import add_product_, by_onednn, matmul, multiply
+
 
 def adapted_linear(
     x: Tensor,
@@ -58,9 +60,9 @@ class _AdaptedLinear(torch.autograd.Function):
         gain: float,
     ) -> Tensor:
         if _worth_summing(x, weight, u):
-            return F.linear(x, torch.addmm(weight, u, v, alpha=scale), bias)
-        y = F.linear(x, weight, bias)
-        _add_product_(_rows(y, u), _rows(x, v) @ v.mT, _as_rows(u), scale)
+            return _linear(x, _sum(weight, u, v, scale), bias)
+        y = _linear(x, weight, bias)
+        _add_product_(_rows(y, u), _product(_rows(x, v), v.mT), _as_rows(u), scale)
         return y
 
     @staticmethod
@@ -76,18 +78,18 @@ class _AdaptedLinear(torch.autograd.Function):
         of_x = of_w = of_b = of_u = of_v = None
         of_codes: Any = None
         if need_v or (need_x and not summed):
-            of_codes = rows @ _as_rows(u).mT
+            of_codes = _product(rows, _as_rows(u).mT)
         if need_x and summed:
-            of_x = grad @ torch.addmm(weight, u, v, alpha=ctx.scale)
+            of_x = _linear(grad, _sum(weight, u, v, ctx.scale).mT, None)
         elif need_x:
-            of_x = grad @ weight
+            of_x = _linear(grad, weight.mT, None)
             _add_product_(_rows(of_x, v), of_codes, v, ctx.scale)
         if need_u:
-            of_u = ((inputs @ v.mT).mT @ rows).mT * (ctx.scale * ctx.gain)
+            of_u = _product(_product(inputs, v.mT).mT, rows).mT * (ctx.scale * ctx.gain)
         if need_v:
-            of_v = of_codes.mT @ inputs * (ctx.scale * ctx.gain)
+            of_v = _product(of_codes.mT, inputs) * (ctx.scale * ctx.gain)
         if need_w:
-            of_w = grad.reshape(-1, grad.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
+            of_w = matmul(grad.reshape(-1, grad.shape[-1]).mT, x.reshape(-1, x.shape[-1]))
         if need_b:
             of_b = grad.reshape(-1, grad.shape[-1]).sum(0)
         return of_x, of_w, of_b, of_u, of_v, None, None
@@ -116,8 +118,29 @@ def _as_rows(u: Tensor) -> Tensor:
     return u.mT.contiguous()
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if not by_onednn(weight, len(rows)):
+        return F.linear(x, weight, bias)
+    y = multiply(rows, weight).view(*x.shape[:-1], len(weight))
+    return y if bias is None else y.add_(bias)
+
+
+def _sum(weight: Tensor, u: Tensor, v: Tensor, scale: float) -> Tensor:
+    """W + s U V."""
+    if not by_onednn(v, len(u)):
+        return torch.addmm(weight, u, v, alpha=scale)
+    summed = weight.clone()
+    add_product_(summed, u, v, alpha=scale)
+    return summed
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return matmul(left, right) if left.dim() == 2 else left @ right
+
+
 def _add_product_(target: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     if target.dim() == 2:
-        target.addmm_(left, right, alpha=scale)
+        add_product_(target, left, right, alpha=scale)
     else:
         target.baddbmm_(left, right, alpha=scale)
