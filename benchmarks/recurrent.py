@@ -1,6 +1,7 @@
 """Low-rank LSTM and GRU against torch's and against a TorchScript loop over low-rank cells.
 
     python benchmarks/recurrent.py [--only lstm-1024 ...] [--divisors 8 4 2] [--threads N]
+                                   [--sides torch loop product ...] [--batch N] [--steps N]
                                    [--repeats N] [--memory] [--json FILE]
 
 One layer in one direction, as many inputs as hidden units, float32. A training step is forward and
@@ -66,7 +67,8 @@ CASES = {
     for hidden, (batch, steps) in SIZES.items()
     for case in [Case(kind, hidden, batch, steps, GOALS.get(f"{kind}-{hidden}", ()))]
 }
-SIDES = ("torch", "low-rank", "recompute", "script")
+SIDES = ("torch", "low-rank", "recompute", "script", "loop", "product")
+USUAL = SIDES[:4]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +125,15 @@ class Loop(nn.Module):
 
 
 def side(name: str, case: Case, rank: int) -> Any:
-    """One of the four layers, all with the same weights."""
+    """One of the layers, all with the same weights; `loop`, `product`: low-rank, that way."""
     torch.manual_seed(SEED)
     low: OpenRecurrent = {"lstm": LowRankLSTM, "gru": LowRankGRU}[case.kind](
         case.hidden, case.hidden, rank=rank, recompute=name == "recompute"
     )
     if name == "torch":
         return low.to_dense()
+    if name in ("loop", "product"):
+        low.way = name
     if name == "script":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -274,7 +278,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--divisors", type=int, nargs="+", default=[8, 4, 2], help="of H: ranks")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(USUAL))
+    parser.add_argument("--batch", type=int, help="in place of the usual one")
+    parser.add_argument("--steps", type=int, help="in place of the usual ones")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7, help="rounds, at least 5")
     parser.add_argument("--clock", choices=list(CLOCKS), help="cpu for one thread, else wall")
@@ -299,8 +305,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(memory(Case(**json.loads(case)), int(rank), which)))
         return 0
     cases = [CASES[name] for name in options.only]
+    if options.batch or options.steps:
+        cases = [
+            Case(c.kind, c.hidden, options.batch or c.batch, options.steps or c.steps)
+            for c in cases
+        ]
     if options.smoke:
-        cases = [Case(kind, 32, 2, 3) for kind in dict.fromkeys(case.kind for case in cases)]
+        sizes = (options.batch or 2, options.steps or 3)
+        cases = [Case(kind, 32, *sizes) for kind in dict.fromkeys(case.kind for case in cases)]
     for case in cases:
         for divisor in options.divisors:
             if options.memory:

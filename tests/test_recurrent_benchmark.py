@@ -34,6 +34,13 @@ def test_every_side_is_timed_and_compared_with_torchs(tmp_path: Path) -> None:
             assert row["ratio"][phase]["torch"] == [1, 1, 1]
 
 
+def test_each_way_and_other_sequences(tmp_path: Path) -> None:
+    options = ("--sides", "torch", "loop", "product", "--batch", "1", "--steps", "2")
+    (row,) = rows(tmp_path / "record.jsonl", *options, "--only", "gru-256", "--divisors", "4")
+    assert (row["batch"], row["steps"]) == (1, 2)
+    assert set(row["times"]["inference"]) == {"torch", "loop", "product"}
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
 def test_memory_of_a_step(tmp_path: Path) -> None:
     options = ("--only", "lstm-256", "--divisors", "4", "--sides", "torch", "low-rank")
