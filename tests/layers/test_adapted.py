@@ -276,7 +276,8 @@ def test_products_by_onednn_are_those_by_mm(rows, heads, monkeypatch):
             assert_close(mine.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
+# Dynamo's own warning.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_an_adapted_map_compiles_as_a_whole(monkeypatch):
     monkeypatch.setattr(onednn, "WORTH", 0.0)
     torch.manual_seed(0)
