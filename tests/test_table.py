@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from rankwise import data
 from rankwise.cli import main
 from rankwise.cli.rows import ROWS
-from rankwise.training import records
+from rankwise.training import Recipe, records, setup
 from test_training import planted
 
 RECIPE = """
@@ -102,6 +103,23 @@ def test_a_second_call_trains_what_is_missing_and_show_trains_nothing(capsys) ->
     assert out.count("finished before") == 4
     assert "±" in out
     assert all(p.stat().st_mtime_ns == at for p, at in times.items())
+
+
+def test_data_are_read_once_for_the_runs_that_want_the_same(monkeypatch) -> None:
+    read = []
+    whole = data.load("planted")
+
+    def load(name, **how):
+        read.append((name, how["size"]))
+        return whole
+
+    monkeypatch.setattr(data, "load", load)
+    Path("two.toml").write_text("image_size = 9\n" + RECIPE)
+    line = ["table", "one.toml", "two.toml", "--rows", "dense,low-rank", "--seeds", "0,1"]
+    assert main(line) == 0
+    assert read == [("mnist-5k", None), ("mnist-5k", 9)]
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    assert set(setup.DATA_FIELDS) < fields
 
 
 def test_a_run_that_diverges_does_not_end_the_table(capsys) -> None:

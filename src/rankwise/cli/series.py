@@ -108,16 +108,17 @@ def train_all(jobs: Sequence[Job], *, forgive: bool = False) -> list[Result]:
         dataclasses.replace(job.recipe, out=place) for job, place in zip(jobs, places, strict=True)
     ]
     results = []
-    for number, (job, recipe) in enumerate(zip(jobs, placed, strict=True), start=1):
-        if distributed.worker() == 0:
-            console.rule(f"{number} of {len(jobs)}: {job.name}", align="left")
-        try:
-            results.append(_train_or_read(recipe))
-        except NonFiniteLossError as error:
-            if not forgive:
-                raise
+    with setup.keeping_data():
+        for number, (job, recipe) in enumerate(zip(jobs, placed, strict=True), start=1):
             if distributed.worker() == 0:
-                console.print(f"diverged: {error}", style="bold red", markup=False)
+                console.rule(f"{number} of {len(jobs)}: {job.name}", align="left")
+            try:
+                results.append(_train_or_read(recipe))
+            except NonFiniteLossError as error:
+                if not forgive:
+                    raise
+                if distributed.worker() == 0:
+                    console.print(f"diverged: {error}", style="bold red", markup=False)
     return results
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,6 +56,24 @@ def build_methods(name: str, options: Mapping[str, Any]) -> list[Method]:
     ]
 
 
+# Fields of a recipe that the data follow from, and what was read for them last.
+DATA_FIELDS = (
+    *("data", "limit", "image_size", "augment", "stream", "loader_workers", "context", "tokens"),
+    *("vocabulary", "tokenizer", "min_count", "tokens_per_epoch", "languages"),
+)
+_kept: ContextVar[dict[tuple[Any, ...], data.DataSet] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def keeping_data() -> Iterator[None]:
+    """Read what a run has read only once, as long as the runs behind it want the same."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def load_data(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> data.DataSet:
     """The recipe's images, text, or text in pairs.
 
@@ -61,6 +81,16 @@ def load_data(recipe: Recipe, progress: Callable[[int, int], None] | None = None
         OptionError: an unknown name, or options that the data cannot have.
         DataError: the data are missing or malformed.
     """
+    kept, key = _kept.get(), tuple(getattr(recipe, name) for name in DATA_FIELDS)
+    if kept is None:
+        return _load_data(recipe, progress)
+    if key not in kept:
+        kept.clear()  # one data set in memory, not two
+        kept[key] = _load_data(recipe, progress)
+    return kept[key]
+
+
+def _load_data(recipe: Recipe, progress: Callable[[int, int], None] | None) -> data.DataSet:
     pairs, streamed = data.is_pairs(recipe.data), data.is_stream(recipe.data)
     idle = {
         "languages": "no text in pairs" if not pairs else "",
