@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +143,8 @@ def train(
         epoch = run.step // per_epoch
         for x, y in data.batches(splits.train, batch_size=schedule.batch, seed=seed, epoch=epoch):
             run.optimizer.zero_grad()
-            F.cross_entropy(run.model(x.to(place)), y.to(place)).backward()
+            images = cast(torch.Tensor, x).to(place)
+            F.cross_entropy(run.model(images), y.to(place)).backward()
             run.optimizer.step()
             if scheduler is not None:
                 scheduler.step()

@@ -38,8 +38,8 @@ import curves
 import rankwise
 from rankwise import data, models, ranks
 from rankwise.method import Method
-from rankwise.training import schedule as rates
 from rankwise.training.recipe import Recipe
+from rankwise.training.schedule import Schedule
 
 BATCH = 256
 ARMS = (
@@ -86,7 +86,7 @@ def one(
     model = models.build(options.model, classes=classes, input_shape=shape).to(options.device)
     epochs = options.epochs
     per_epoch = data.steps_per_epoch(splits.train, BATCH)
-    factor = rates.factor(Recipe(epochs=max(2, epochs)), per_epoch)
+    factor = Schedule(Recipe(epochs=max(2, epochs)), per_epoch)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
         return curves.train(

@@ -25,7 +25,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ def validation(model: nn.Module, splits: data.Splits) -> tuple[float, float]:
 def inputs(splits: data.Splits, seed: int) -> Iterator[Tensor]:
     """The batches that statistics are gathered from."""
     drawn = data.batches(splits.train, batch_size=BATCH, seed=seed, epoch=1000)
-    return (x for x, _ in itertools.islice(drawn, -(-IMAGES // BATCH)))
+    return (cast(Tensor, x) for x, _ in itertools.islice(drawn, -(-IMAGES // BATCH)))
 
 
 def statistics_of(model: nn.Module) -> list[Tensor]:

@@ -7,9 +7,10 @@ updates beside the blocks' matrices (width 128), while embedding, head and norms
 scale of an update is 2 in every row: under Adam it acts as a factor on the learning rate, which is
 tuned. Cycles of ReLoRA are 100 of the 400 steps, a warm-start is 100 dense ones.
 
-Controls: dense AdamW; the same with embedding, head and norms at twice the rate, which rows of
-updates that end at a larger rate have without being asked; and "blocks frozen", which learns
-without the blocks' matrices: what updates are worth is the way between.
+Controls: dense AdamW; the same with embedding, head and norms at twice and four times the rate,
+which rows of updates that end at a larger rate have without being asked; LTE with those at four
+times the rate, which GaLore's scale of 1/4 on its factors amounts to; and "blocks frozen", which
+learns without the blocks' matrices: what updates are worth is the way between.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ REST = {"rank": 32, "every": 50, "layers": "embed*,head*"}
 ROWS = {
     "AdamW": Row("dense", rates(4e-3)),
     "AdamW, the rest at 2 lr": Row("dense", rates(2e-3), others=2.0),
+    "AdamW, the rest at 4 lr": Row("dense", rates(2e-3), others=4.0),
     "blocks frozen": Row("frozen", rates(8e-3)),
     "LoRA, rank 8": Row("lora", rates(8e-3), update(8)),
     "LoRA, rank 32": Row("lora", rates(8e-3), update(32)),
@@ -61,6 +63,7 @@ ROWS = {
     "LTE x GaLore on factors": Row(
         "lte", rates(8e-3), update(8, heads=4, **HEADS), beside={"galore": GALORE}
     ),
+    "LTE, the rest at 4 lr": Row("lte", rates(4e-3), update(8, heads=4, **HEADS), others=4.0),
     "ReLoRA x GaLore on the rest": Row(
         "relora", rates(8e-3), cycles(8, **WARM), beside={"galore": REST}
     ),

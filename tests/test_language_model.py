@@ -17,7 +17,7 @@ from rankwise import accounting, models
 from rankwise.cli import main
 from rankwise.data import TextSplit, batches
 from rankwise.errors import CheckpointError, OptionError
-from rankwise.models import transformer
+from rankwise.models import networks, transformer
 from rankwise.models.transformer import Transformer
 from rankwise.training import Interrupted, Recipe, Result, records, train
 from rankwise.training.report import Progress
@@ -276,7 +276,7 @@ def prose(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def a_network_for_tests(monkeypatch):
-    entry = models.networks._language("for tests", layers=2, width=16, heads=2, hidden=24)
+    entry = networks._language("for tests", layers=2, width=16, heads=2, hidden=24)
     monkeypatch.setitem(models.MODELS, "llama-test", entry)
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -20,7 +20,7 @@ import rankwise
 from rankwise import accounting, models
 from rankwise.data import TextSplit, batches, load_text, splits
 from rankwise.errors import CheckpointError, OptionError
-from rankwise.models import RecurrentLanguageModel, Stateful
+from rankwise.models import RecurrentLanguageModel, Stateful, networks
 from rankwise.training import Interrupted, Recipe, train
 from rankwise.training.carried import CarriedState, reading_order
 from rankwise.training.task import evaluate, loss_of
@@ -119,7 +119,9 @@ def test_every_stream_reads_on_where_it_stopped_and_no_token_is_read_twice(lengt
         assert_close(streams, streams[:, :1] + torch.arange(48), rtol=0, atol=0)
         assert len(set(streams.flatten().tolist())) == 4 * 48
     starts = {
-        int(next(batches(split, batch_size=4, seed=0, epoch=e, streams=True))[0][0, 0])
+        int(
+            cast(Tensor, next(batches(split, batch_size=4, seed=0, epoch=e, streams=True))[0])[0, 0]
+        )
         for e in range(8)
     }
     assert len(starts) > 1  # what is left over is not always the end
@@ -250,7 +252,7 @@ def networks_for_tests(monkeypatch):
         "lstm-test": {"dropout": 0.1},
         "gru-test": {"cell": "gru"},
     }.items():
-        entry = models.networks._recurrent(name, tokens=8, width=12, hidden=16, layers=2, **sizes)
+        entry = networks._recurrent(name, tokens=8, width=12, hidden=16, layers=2, **sizes)
         monkeypatch.setitem(models.MODELS, name, entry)
 
 

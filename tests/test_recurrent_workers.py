@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import rankwise
 from rankwise import models
+from rankwise.models import networks
 from rankwise.training import Interrupted, Recipe, train
 from test_distributed import Workers
 from test_training import StopAt
@@ -22,7 +23,7 @@ from test_training import StopAt
 def train_here(folder: str, out: str, stop: int | None = None, resume: bool = False) -> Any:
     """Weights after two epochs of 9 steps, low-rank from step 11; None if stopped before."""
     os.chdir(folder)
-    entry = models.networks._recurrent("for tests", tokens=8, width=12, hidden=16, layers=2)
+    entry = networks._recurrent("for tests", tokens=8, width=12, hidden=16, layers=2)
     models.MODELS["lstm-test"] = entry
     recipe = Recipe(
         model="lstm-test",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_epochs_cut_the_text_at_different_places_and_a_resumed_one_at_the_same()
 
     def pass_over(epoch: int, start: int = 0) -> list[torch.Tensor]:
         found = batches(split, batch_size=4, seed=3, epoch=epoch, start=start)
-        return [inputs for inputs, _ in found]
+        return [cast(torch.Tensor, inputs) for inputs, _ in found]
 
     first, second = pass_over(0), pass_over(1)
     opening = [{int(x) % 16 for batch in each for x in batch[:, 0]} for each in (first, second)]

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from typing import cast
 
 import pytest
 import safetensors.torch
@@ -264,7 +265,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
 
     def broken(split, **how):
         for number, (images, labels) in enumerate(honest(split, **how)):
-            yield images * (float("nan") if how["epoch"] == 1 and number == 2 else 1), labels
+            yield (
+                cast(torch.Tensor, images)
+                * (float("nan") if how["epoch"] == 1 and number == 2 else 1),
+                labels,
+            )
 
     train(recipe(out="good", epochs=1, schedule="constant", lr_warmup_epochs=0))
     monkeypatch.setattr(data, "batches", broken)
