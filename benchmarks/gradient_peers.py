@@ -91,6 +91,7 @@ def _adamw(package: str, module: str) -> Callable[..., Optimizer]:
         # The package's own first file imports bitsandbytes for its other optimizers.
         empty = ModuleType(package)
         empty.__path__ = list(spec.submodule_search_locations)
+        empty.__spec__ = spec  # whoever looks for the package later finds it
         sys.modules[package] = empty
         with _transformers():
             importlib.import_module(f"{package}.{module}")

@@ -140,6 +140,8 @@ def test_the_published_programs_are_given_the_same_bases(monkeypatch, name, tmp_
     path.write_text("Who goes there? Stand, and unfold yourself to the watch. " * 200)
     splits = equality.data.load_text(f"text:{path}", context=16)
     (found,) = equality.compare(name, splits, "llama-tiny", rank=32, steps=3)
+    package = "apollo_torch" if name == "APOLLO" else "galore_torch"
+    assert importlib.util.find_spec(package) is not None  # others look for it in this process
     assert found["largest move"] > 2e-3
     assert found["largest difference"] < 2e-6
 
