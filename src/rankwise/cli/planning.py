@@ -186,8 +186,9 @@ def _network(
         return model, sample, notes
     try:
         accounting.trace(model, sample)
-    except Exception as error:  # of any forward; without storage it is built, else the note says it
-        # The path of its forward depends on values, which such tensors do not have.
+    except Exception as error:
+        # A forward of any library, which without storage may fail in any way: its path depends on
+        # values, which such tensors do not have. It is built then, or the note says why not.
         if size <= _MOST_BYTES:
             return make("cpu"), sample, notes
         why = " ".join(str(error).split())[:200]

@@ -43,10 +43,7 @@ def load(name: str, repository: str, *configuration: str, instead: str) -> Any:
         # The data are Parquet files; no code of theirs is run.
         return datasets.load_dataset(repository, *configuration)
     except Exception as error:  # of network, cache and Parquet, each from a package of its own
-        raise DataError(
-            f"{name} cannot be read from {repository} ({' '.join(str(error).split())[:200]}); "
-            f"where there is no network, {instead}"
-        ) from error
+        raise _unreadable(name, repository, error, instead) from error
 
 
 def rows(
@@ -69,11 +66,15 @@ def rows(
     try:
         found = datasets.load_dataset(repository, *configuration, split=part, streaming=True)
         yield from found.skip(skip) if skip else found
-    except Exception as error:  # of network and files, each from a package of its own
-        raise DataError(
-            f"{name} cannot be read from {repository} ({' '.join(str(error).split())[:200]}); "
-            f"where there is no network, {instead}"
-        ) from error
+    except Exception as error:  # as of `load`; of the network also long after the beginning
+        raise _unreadable(name, repository, error, instead) from error
+
+
+def _unreadable(name: str, repository: str, error: Exception, instead: str) -> DataError:
+    why = " ".join(str(error).split())[:200]
+    return DataError(
+        f"{name} cannot be read from {repository} ({why}); where there is no network, {instead}"
+    )
 
 
 def _package(name: str, repository: str, instead: str) -> ModuleType:

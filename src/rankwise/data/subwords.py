@@ -83,7 +83,7 @@ class Subwords:
             raise DataError(
                 f"tokenizer {path} cannot be read: {error.strerror or error}"
             ) from error
-        except Exception as error:  # the package raises plain ones
+        except Exception as error:  # the package raises Exception itself, no class of its own
             raise DataError(
                 f"{path} is no tokenizer.json of the package tokenizers ({str(error)[:200]}); save "
                 "one with tokenizer.save(PATH), or leave tokenizer out to learn one"

@@ -43,7 +43,9 @@ def _answer(tree: Tree, name: str, how: How, drawn: np.ndarray | None) -> tuple[
         return PIXELS, picture(tree, name, how, drawn).tobytes()
     except DataError as error:
         return MESSAGE, str(error).encode()
-    except Exception as error:  # whatever it is, the process goes on and the run is told
+    except Exception as error:
+        # Whatever a decoder raises at a strange file: the run is told which file it was. A process
+        # that ended instead would leave it to wait for pixels, and not know the name.
         return MESSAGE, f"{name} cannot be decoded: {type(error).__name__}: {error}".encode()
 
 

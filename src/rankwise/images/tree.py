@@ -21,6 +21,8 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".zip")
 LARGEST_FILE = 256 * 2**20  # bytes
 LARGEST_ARCHIVE = 4 * 2**30  # bytes of what a tar file holds; all of it is in memory at once
 
+# What zipfile, tarfile and their decompressors raise at files that they cannot read: at encrypted
+# ones RuntimeError, at a compression that they do not know NotImplementedError.
 DAMAGED = (
     OSError,
     EOFError,

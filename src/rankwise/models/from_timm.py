@@ -68,7 +68,5 @@ def _kind(name: str) -> type[nn.Module]:
 
 
 def _build(reference: Reference, timm: Any, given: Mapping[str, Any]) -> nn.Module:
-    try:
+    with reference.building(given):
         return timm.create_model(reference.name, pretrained=False, **given)
-    except Exception as error:  # a constructor may raise anything for what a user has set
-        raise reference.error(f"cannot be built with {dict(given)}: {error}") from error

@@ -70,7 +70,5 @@ def _kind(name: str) -> type[nn.Module]:
 
 def _build(reference: Reference, torchvision: Any, given: Mapping[str, Any]) -> nn.Module:
     given = {**_DEFAULTS.get(reference.name, {}), **given}
-    try:
+    with reference.building(given):
         return torchvision.models.get_model(reference.name, weights=None, **given)
-    except Exception as error:  # a constructor may raise anything for what a user has set
-        raise reference.error(f"cannot be built with {dict(given)}: {error}") from error

@@ -78,11 +78,7 @@ def _auto(reference: Reference) -> Any:
     """The module with transformers' names of types and classes."""
     load(reference)
     hide_broken_torchvision()
-    try:
-        from transformers.models.auto import modeling_auto
-    except Exception as error:  # what it imports in its turn raises RuntimeError and more
-        raise reference.error(f"transformers cannot be imported: {error}") from error
-    return modeling_auto
+    return load(reference, "models.auto.modeling_auto")
 
 
 _COUNT_FROM_PADDING = frozenset(
@@ -116,7 +112,7 @@ def hide_broken_torchvision() -> None:
         import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         return
-    except Exception:  # RuntimeError, OSError: by which of its parts does not fit this torch
+    except (RuntimeError, OSError, AttributeError):  # by which of its parts does not fit this torch
         from transformers.utils.import_utils import is_torchvision_available
 
         hidden: Any = sys.modules
@@ -172,10 +168,8 @@ def _configure(reference: Reference, kind: str) -> Any:
         place[last] = value
     if "use_cache" in _fields(usual):
         given.setdefault("use_cache", False)  # of generation: training has no use for it
-    try:
+    with reference.building():
         return AutoConfig.for_model(kind, **given)
-    except Exception as error:  # a configuration may raise anything for what a user has set
-        raise reference.error(str(error)) from error
 
 
 def _fields(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -250,10 +244,8 @@ def _adapt(
 
 
 def _build(reference: Reference, network: Any, config: Any, task: str) -> nn.Module:
-    try:
+    with reference.building():
         model = network(config)
-    except Exception as error:  # a constructor may raise anything for what a user has set
-        raise reference.error(f"cannot be built: {error}") from error
     if task != OTHER:
         model.register_forward_hook(_logits)
     return model

@@ -51,14 +51,8 @@ def _entry(
 
 def _guarded(make: Callable[..., nn.Module], reference: Reference) -> Callable[..., nn.Module]:
     def guarded(classes: int, shape: tuple[int, ...]) -> nn.Module:
-        try:
+        with reference.building(reference.overrides):
             return make(classes, shape)
-        except OptionError:
-            raise
-        except Exception as error:  # torch's layers raise anything for what a user has set
-            raise reference.error(
-                f"cannot be built with {dict(reference.overrides)}: {error}"
-            ) from error
 
     return guarded
 

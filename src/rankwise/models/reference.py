@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -73,6 +74,24 @@ class Reference:
                 )
         return {**self.overrides, **wanted}
 
+    @contextmanager
+    def building(self, given: Mapping[str, Any] | None = None) -> Iterator[None]:
+        """Around the library's code that makes the network, or its configuration.
+
+        Args:
+            given: what a user or the data have set, for the message.
+
+        Raises:
+            OptionError: the network cannot be had so.
+        """
+        try:
+            yield
+        except OptionError:
+            raise
+        except Exception as error:  # a constructor may raise anything for what a user has set
+            what = "" if given is None else f" with {dict(given)}"
+            raise self.error(f"cannot be built{what}: {error}") from error
+
 
 def parse(text: str) -> Reference:
     """Read LIBRARY:NAME?KEY=VALUE&KEY=VALUE.
@@ -111,22 +130,26 @@ def parse_overrides(text: str) -> dict[str, Any]:
     return overrides
 
 
-def load(reference: Reference) -> ModuleType:
-    """Import the library that a name asks for.
+def load(reference: Reference, module: str = "") -> ModuleType:
+    """Import the library that a name asks for, or a module of it.
+
+    Args:
+        reference: the name.
+        module: the module's name behind the library's.
 
     Raises:
         OptionError: it is not installed, with what installs it; or it cannot be imported.
     """
     library = reference.library
     try:
-        return importlib.import_module(library)
+        return importlib.import_module(f"{library}.{module}" if module else library)
     except ModuleNotFoundError as error:
         if error.name != library:
             raise _broken(reference, error) from error
         raise reference.error(
             f"{library} is not installed; pip install 'rankwise[{library}]'"
         ) from error
-    except Exception as error:  # a build for another torch raises RuntimeError at import
+    except Exception as error:  # of any kind: in a build for another torch, say
         raise _broken(reference, error) from error
 
 

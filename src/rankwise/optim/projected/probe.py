@@ -93,7 +93,9 @@ def _stepped(optimizer: Optimizer, start: Tensor, parts: int) -> Tensor | None:
             for parameter, part in zip(held, gradient.chunk(parts), strict=True):
                 parameter.grad = part.clone()
             toy.step()
-    except Exception:  # whatever a foreign class wants; the caller warns
+    except Exception:
+        # Anyone's optimizer, on tensors it was not made for: it may raise anything, which says
+        # nothing of the run to come. The caller warns, or takes it to be fit.
         return None
     return torch.cat([parameter.detach() for parameter in held]) - start
 
