@@ -15,14 +15,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rankwise.data.documents import Reader, find_documents
+from rankwise.data.documents import Documents, Reader, find_documents
 from rankwise.data.subwords import Subwords, subwords
 from rankwise.data.text import TextSplit
 from rankwise.errors import DataError, OptionError, unknown
@@ -173,6 +173,38 @@ def load_stream(
         OptionError: an unknown level, or a number that is too small.
         DataError: documents are missing or malformed, or too few; or a package is missing.
     """
+    _check(name, level, context, tokens_per_epoch)
+    kind, _, path = name.partition(":")
+    found = find_documents(kind, path, HELD)
+    first, *held = _beginnings(found, name, LEARNED_FROM if level == "bpe" else 1)
+    code: Subwords | ByteStream = ByteStream()
+    if level == "bpe":
+        code = subwords(first, vocabulary=vocabulary, tokenizer=tokenizer)
+    validation, test = (
+        _windows(code, part, context, f"{name}: its {what} part")
+        for part, what in zip(held, ("validation", "test"), strict=True)
+    )
+    mean = (len(validation.tokens) + len(test.tokens)) / sum(map(len, held))
+    train = PassingSplit(
+        read=found.train,
+        code=code,
+        context=context,
+        tokens=tokens_per_epoch,
+        stride=math.ceil(MARGIN * tokens_per_epoch / mean),
+        held=found.held,
+        name=name,
+    )
+    return PassingSplits(
+        name=kind,
+        classes=code.classes,
+        train=train,
+        validation=validation,
+        test=test,
+        checksum=_checksum((*held[0], *held[1], first[0], *code.classes)),
+    )
+
+
+def _check(name: str, level: str, context: int, tokens_per_epoch: int) -> None:
     if level not in LEVELS:
         raise OptionError(
             f"{name}: tokens={level}, but of a stream only bytes and bpe are known before its end"
@@ -184,50 +216,39 @@ def load_stream(
             f"context={context}, tokens_per_epoch={tokens_per_epoch}; a window holds at least 1 "
             "token and a pass at least one window"
         )
-    kind, _, path = name.partition(":")
-    found = find_documents(kind, path, HELD)
-    validation = list(itertools.islice(found.validation(0), HELD))
-    test = list(itertools.islice(found.test(found.tested), HELD))
-    first = list(itertools.islice(found.train(found.held), LEARNED_FROM if level == "bpe" else 1))
-    for part, what in ((validation, "validation"), (test, "test"), (first, "training")):
+
+
+def _beginnings(found: Documents, name: str, learned_from: int) -> list[list[str]]:
+    """The first documents that train, those that validate, and those that test."""
+    parts = {
+        "validation": itertools.islice(found.validation(0), HELD),
+        "test": itertools.islice(found.test(found.tested), HELD),
+        "training": itertools.islice(found.train(found.held), learned_from),
+    }
+    read = {what: list(part) for what, part in parts.items()}
+    for what, part in read.items():
         if not part:
             raise DataError(f"{name}: no documents are left for its {what} part")
-    code: Subwords | ByteStream = ByteStream()
-    if level == "bpe":
-        code = subwords(first, vocabulary=vocabulary, tokenizer=tokenizer)
-    held = [TextSplit(_joined(code, part), context) for part in (validation, test)]
-    for split, what in zip(held, ("validation", "test"), strict=True):
-        if not len(split):
-            raise DataError(
-                f"{name}: its {what} part has {len(split.tokens):,} tokens, too few for one window "
-                f"of {context} and the next; lower the context"
-            )
-    mean = sum(len(split.tokens) for split in held) / (len(validation) + len(test))
+    return [read[what] for what in ("training", "validation", "test")]
+
+
+def _windows(code: Subwords | ByteStream, texts: list[str], context: int, what: str) -> TextSplit:
+    split = TextSplit(torch.cat([_marked(code, text) for text in texts]), context)
+    if not len(split):
+        raise DataError(
+            f"{what} has {len(split.tokens):,} tokens, too few for one window of {context} and the "
+            "next; lower the context"
+        )
+    return split
+
+
+def _checksum(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for text in (*validation, *test, first[0], *code.classes):
+    for text in texts:
         digest.update(text.encode())
-    return PassingSplits(
-        name=kind,
-        classes=code.classes,
-        train=PassingSplit(
-            found.train,
-            code,
-            context,
-            tokens_per_epoch,
-            math.ceil(MARGIN * tokens_per_epoch / mean),
-            found.held,
-            name,
-        ),
-        validation=held[0],
-        test=held[1],
-        checksum=digest.hexdigest()[:16],
-    )
+    return digest.hexdigest()[:16]
 
 
 def _marked(code: Subwords | ByteStream, text: str) -> Tensor:
     part = code.encode(text)
     return part if code.end is None else torch.cat((part, part.new_tensor([code.end])))
-
-
-def _joined(code: Subwords | ByteStream, texts: list[str]) -> Tensor:
-    return torch.cat([_marked(code, text) for text in texts])

@@ -30,6 +30,18 @@ def projected(cls: M) -> M:
     The class has the fields `layers` and `exclude` and a method `choices() -> Choices`. While a
     run is under way, `engine` is the `ProjectedGradients` that serves it.
     """
+    cls.provides, cls.conflicts = _PROVIDES, _CONFLICTS
+    for name, hook in vars(_Hooks).items():
+        if not name.startswith("__"):
+            setattr(cls, name, hook)
+    return cls
+
+
+class _Hooks:
+    """Copied into a class and not inherited: a method has no base but `Method`.
+
+    `self` is the method.
+    """
 
     def prepare(self: Any, model: nn.Module) -> Change:
         """Choose the weights, watch their gradients, and put proxies into the optimizer."""
@@ -84,12 +96,10 @@ def projected(cls: M) -> M:
             raise LifeCycleError("the checkpoint holds no bases; it was written by another method")
         self.engine.load_state_dict(state_dict)
 
-    cls.provides, cls.conflicts = _PROVIDES, _CONFLICTS
-    hooks = (prepare, amend, detach, before_step, after_step, finalize, parameter_names, state_dict)
-    for hook in (*hooks, resume, load_state_dict):
-        setattr(cls, hook.__name__, hook)
-    setattr(cls, "moments_rule", property(lambda self: self.choices().moments))  # noqa: B010
-    return cls
+    @property
+    def moments_rule(self: Any) -> str:
+        """What becomes of moments when a basis changes."""
+        return self.choices().moments
 
 
 def _select(method: Any, model: nn.Module) -> dict[str, Parameter]:
