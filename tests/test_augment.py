@@ -31,7 +31,7 @@ def pictures(count: int, channels: int = 3, side: int = 8) -> Tensor:
 
 def split(count: int, kind: str, channels: int = 3) -> Split:
     images = load("mnist-5k").train.normalise
-    return Split(pictures(count, channels), torch.arange(count), images, AUGMENTS[kind])
+    return Split(pictures(count, channels), torch.arange(count), images, augment=AUGMENTS[kind])
 
 
 def test_a_recipe_can_name_every_way() -> None:

@@ -15,7 +15,7 @@ from rankwise.training import Recipe, setup
 
 def test_images_are_a_fixed_choice_from_all_classes() -> None:
     whole = data.load("mnist-5k")
-    small, again = (data.Limited(whole, 1000).train for _ in range(2))
+    small, again = (data.limited(whole, 1000).train for _ in range(2))
     assert len(small) == 1000
     images, labels = small.take(torch.arange(1000))
     assert_close(images, again.take(torch.arange(1000))[0], rtol=0, atol=0)
@@ -26,7 +26,7 @@ def test_images_are_a_fixed_choice_from_all_classes() -> None:
 def test_a_text_is_its_beginning_in_every_pass(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(bytes(i // 100 for i in range(20_000)))
-    small = data.Limited(data.load_text(f"text:{path}", context=10), 30).train
+    small = data.limited(data.load_text(f"text:{path}", context=10), 30).train
     for draw in (0, 7, 13):
         _, targets = small.for_epoch(draw).take(torch.arange(len(small)))
         assert targets.shape == (30, 10)
@@ -38,7 +38,7 @@ def test_a_text_is_its_beginning_in_every_pass(tmp_path: Path) -> None:
 
 def test_what_judges_is_whole_and_too_much_is_refused() -> None:
     whole = data.load("mnist-5k")
-    limited = data.Limited(whole, 64)
+    limited = data.limited(whole, 64)
     assert limited.validation is whole.validation
     assert limited.test is whole.test
     assert (limited.classes, limited.checksum, limited.task) == (
@@ -47,5 +47,5 @@ def test_what_judges_is_whole_and_too_much_is_refused() -> None:
         whole.task,
     )
     with pytest.raises(OptionError, match="has 4,000 images to train with"):
-        data.Limited(whole, 4001)
+        data.limited(whole, 4001)
     assert len(setup.load_data(Recipe(limit=100)).train) == 100

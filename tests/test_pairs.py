@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from rankwise import data
 from rankwise.data import IGNORED, PairSplits, batches, load_pairs
 from rankwise.data.coding import END, PADDING, SPECIAL, START, Bytes, Parts
-from rankwise.data.lengths import POOL, Uneven, alike
+from rankwise.data.parts import Uneven
+from rankwise.data.reading import POOL, alike
 from rankwise.errors import DataError, OptionError
 
 GERMAN = ["ein Haus", "der alte Mann liest ein Buch .", "Hallo !", "zwei Hunde laufen im Schnee ."]
@@ -175,7 +176,7 @@ def test_the_example_that_sizes_are_counted_for_is_of_median_length(tmp_path):
 
 def test_a_limit_takes_the_first_pairs_and_keeps_their_lengths(tmp_path):
     whole = load_pairs(written(tmp_path / "a.tsv"), min_count=1)
-    train = data.Limited(whole, 7).train
+    train = data.limited(whole, 7).train
     assert len(train) == 7
     assert isinstance(train, Uneven)
     assert_close(train.take(torch.arange(7)), whole.train.take(torch.arange(7)), rtol=0, atol=0)

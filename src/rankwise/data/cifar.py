@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from rankwise.data import folder, hub, places
-from rankwise.data.arrays import assemble, check_side, checksum_of
+from rankwise.data.arrays import assemble, check_side
+from rankwise.data.parts import checksum_of
 from rankwise.data.splits import Splits
 from rankwise.errors import DataError
 from rankwise.images.tree import Tree, open_tree, path_of
@@ -111,15 +112,13 @@ def find_cifar(
     check_side(size)
     place = Path(path).expanduser() if path else places.found(names(name))
     if place is None:
-        absent = places.missing(name, names(name), obtain(name))
-        if not hub.available():
-            raise absent
         return hub.load_images(
             name,
             published.classes,
             size=size,
             fraction=VALIDATION,
-            instead=f"give the folder or archive: {absent}",
+            absent=places.missing(name, names(name), obtain(name)),
+            give="give the folder or archive",
             progress=progress,
         )
     if place.name == published.archive and place.is_file():

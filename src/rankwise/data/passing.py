@@ -12,19 +12,20 @@ Shapes: `L` tokens.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rankwise.data.documents import Documents, Reader, find_documents
+from rankwise.data.parts import DataSet, checksum_of
 from rankwise.data.subwords import Subwords, subwords
-from rankwise.data.text import TextSplit
+from rankwise.data.text import OfWindows, TextSplit
 from rankwise.errors import DataError, OptionError, unknown
 
 HELD = 1000  # documents that validate, and as many that test
@@ -45,7 +46,7 @@ class ByteStream:
 
 
 @dataclass(eq=False)
-class PassingSplit:
+class PassingSplit(OfWindows):
     """The training part of a stream.
 
     Attributes:
@@ -67,21 +68,6 @@ class PassingSplit:
     name: str
     _pass: tuple[int, TextSplit] | None = field(default=None, repr=False)
     _known: int | None = field(default=None, repr=False)  # documents, once the end was seen
-
-    @property
-    def unit(self) -> str:
-        """A token."""
-        return "token"
-
-    @property
-    def noun(self) -> str:
-        """A window of tokens."""
-        return "window"
-
-    @property
-    def units(self) -> int:
-        """Tokens of a window."""
-        return self.context
 
     def __len__(self) -> int:
         return self.tokens // self.context
@@ -134,20 +120,16 @@ class PassingSplit:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PassingSplits:
-    """Documents in three parts; what validates and tests is in memory."""
+class PassingSplits(DataSet):
+    """Documents in three parts; what validates and tests is in memory.
 
-    name: str
-    classes: tuple[str, ...]
+    The checksum is that of the documents held out, the first one that trains, and the vocabulary.
+    """
+
+    task: ClassVar[str] = "language modelling"
     train: PassingSplit
     validation: TextSplit
     test: TextSplit
-    checksum: str  # of the documents held out, the first ones that train, and the vocabulary
-
-    @property
-    def task(self) -> str:
-        """Language modelling."""
-        return "language modelling"
 
 
 def load_stream(
@@ -200,7 +182,7 @@ def load_stream(
         train=train,
         validation=validation,
         test=test,
-        checksum=_checksum((*held[0], *held[1], first[0], *code.classes)),
+        checksum=checksum_of((*held[0], *held[1], first[0], *code.classes)),
     )
 
 
@@ -240,13 +222,6 @@ def _windows(code: Subwords | ByteStream, texts: list[str], context: int, what: 
             "next; lower the context"
         )
     return split
-
-
-def _checksum(texts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode())
-    return digest.hexdigest()[:16]
 
 
 def _marked(code: Subwords | ByteStream, text: str) -> Tensor:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from rankwise.data import places
-from rankwise.data.arrays import Part, assemble, check_side, checksum_of
+from rankwise.data.arrays import Part, assemble, check_side
+from rankwise.data.parts import checksum_of
 from rankwise.data.splits import Splits
 from rankwise.errors import DataError
 

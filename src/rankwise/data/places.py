@@ -1,7 +1,8 @@
-"""Where published data sets are looked for, and how a missing one is answered."""
+"""Where data sets are looked for: published ones in folders, others inside packages."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,17 @@ def places(names: Sequence[str]) -> list[Path]:
 def found(names: Sequence[str]) -> Path | None:
     """The first of these paths that exists."""
     return next((path for path in places(names) if path.exists()), None)
+
+
+def installed(package: str) -> Path | None:
+    """The folder of an installed package, for the data inside.
+
+    It is not imported: its modules may ask for others, or be of another age.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0])
 
 
 def missing(name: str, names: Sequence[str], obtain: str) -> DataError:

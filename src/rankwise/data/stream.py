@@ -9,13 +9,13 @@ Shapes: `B` images of a batch, `C` channels, `S` side in pixels.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,10 +24,12 @@ from torch import Tensor
 from rankwise.data.augment import Augment
 from rankwise.data.folder import Files, cut
 from rankwise.data.normalise import Normalise, statistics
+from rankwise.data.parts import DataSet, checksum_of
+from rankwise.data.splits import OfImages
 from rankwise.errors import DataError
 from rankwise.images.decoders import Decoders
 from rankwise.images.tree import Archive
-from rankwise.images.variation import How, draws, picture
+from rankwise.images.variation import How, picture
 
 AHEAD = 2  # batches that are being prepared while one is used
 AT_ONCE = 8  # images of one piece of work
@@ -35,7 +37,7 @@ SAMPLED = 1_024  # training images whose channels' mean and deviation stand for 
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Streamed:
+class Streamed(OfImages):
     """One part of a set of image files.
 
     Attributes:
@@ -43,38 +45,15 @@ class Streamed:
         decoders: the processes that decode; what they read does not depend on their number.
         chosen: (N,) which of the files are this part.
         normalise: of bytes, by the training part.
-        augment: varies images in a pass over them; what is taken outside one stays as it is.
-        draw: the number of the pass.
     """
 
     files: Files
     decoders: Decoders
     chosen: np.ndarray
     normalise: Normalise
-    augment: Augment | None = None
-    draw: int | None = None
-
-    @property
-    def unit(self) -> str:
-        """An image: it has one label."""
-        return "image"
-
-    @property
-    def noun(self) -> str:
-        """An image."""
-        return "image"
-
-    @property
-    def units(self) -> int:
-        """One."""
-        return 1
 
     def __len__(self) -> int:
         return len(self.chosen)
-
-    def for_epoch(self, draw: int, streams: int = 0) -> Streamed:
-        """The same images in every pass, or each as that pass varies it."""
-        return self if self.augment is None else replace(self, draw=draw)
 
     def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, S, S) in channels-last order and labels (B,), decoded here and now."""
@@ -121,10 +100,8 @@ class Streamed:
         numbers, files = self.chosen[chosen.numpy()], self.files
         names = [files.listing.names[number] for number in numbers]
         images = np.empty((len(names), files.size, files.size, files.channels), np.uint8)
-        drawn = None
-        if self.augment is not None and self.draw is not None:
-            drawn = draws(self.draw, chosen.numpy())
-        return _Batch(images, torch.from_numpy(files.listing.labels[numbers]), names, drawn, [])
+        labels = torch.from_numpy(files.listing.labels[numbers])
+        return _Batch(images, labels, names, self.drawn(chosen), [])
 
     def _begin(self, pool: ThreadPoolExecutor, chosen: Tensor) -> _Batch:
         batch = self._empty(chosen)
@@ -142,30 +119,17 @@ class Streamed:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class StreamedSplits:
+class StreamedSplits(DataSet):
     """Image files in three parts.
 
-    Attributes:
-        name: how the records call the set.
-        classes: a label is an index into these.
-        train: what trains.
-        validation: what chooses.
-        test: what is looked at once, at the end.
-        checksum: first 16 hexadecimal digits of the SHA-256 of all names and sizes; to read every
-            file for it would take longer than some trainings.
+    Their checksum is that of all names and sizes; to read every file for it would take longer than
+    some trainings.
     """
 
-    name: str
-    classes: tuple[str, ...]
+    task: ClassVar[str] = "classification"
     train: Streamed
     validation: Streamed
     test: Streamed
-    checksum: str
-
-    @property
-    def task(self) -> str:
-        """Classification."""
-        return "classification"
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,9 +163,7 @@ def stream(
             f"{files.tree.place} cannot be streamed: a tar archive is read as a whole; unpack it, "
             "or pack it as zip"
         )
-    digest = hashlib.sha256()
-    for name, size in zip(files.listing.names, files.listing.sizes, strict=True):
-        digest.update(f"{name}\0{size}\0".encode())
+    sized = zip(files.listing.names, files.listing.sizes, strict=True)
     decoders = Decoders(files.tree.place, cores() if workers is None else workers)
     neutral = Normalise(torch.zeros(files.channels, 1, 1), torch.ones(files.channels, 1, 1))
     train, validation, test = (
@@ -223,7 +185,7 @@ def stream(
         train=replace(train, normalise=normalise, augment=augment),
         validation=replace(validation, normalise=normalise),
         test=replace(test, normalise=normalise),
-        checksum=digest.hexdigest()[:16],
+        checksum=checksum_of(f"{name}\0{size}\0" for name, size in sized),
     )
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from rankwise.data import hub, places
-from rankwise.data.arrays import Part, assemble, check_side, checksum_of
+from rankwise.data.arrays import Part, assemble, check_side
 from rankwise.data.folder import Progress
+from rankwise.data.parts import checksum_of
 from rankwise.data.splits import Splits
 from rankwise.errors import DataError
 
@@ -66,15 +67,13 @@ def load_svhn(path: str = "", *, size: int = SIDE, progress: Progress | None = N
     if folder is None:
         if path:
             raise DataError(f"svhn: {path} does not hold {' and '.join(FILES)}; {OBTAIN}")
-        absent = places.missing("svhn", [f"svhn/{file}" for file in FILES], OBTAIN)
-        if not hub.available():
-            raise absent
         return hub.load_images(
             "svhn",
             CLASSES,
             size=size,
             fraction=VALIDATION,
-            instead=f"give the folder of its files: {absent}",
+            absent=places.missing("svhn", [f"svhn/{file}" for file in FILES], OBTAIN),
+            give="give the folder of its files",
             progress=progress,
         )
     parts, contents = [], []

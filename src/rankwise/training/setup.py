@@ -113,7 +113,7 @@ def _load_data(recipe: Recipe, progress: Callable[[int, int], None] | None) -> d
             workers=recipe.loader_workers,
             progress=progress,
         )
-    return whole if recipe.limit is None else data.Limited(whole, recipe.limit)
+    return whole if recipe.limit is None else data.limited(whole, recipe.limit)
 
 
 def _load_text(recipe: Recipe) -> data.DataSet:
