@@ -13,7 +13,6 @@ The record has a line a run. A second call goes on where it ends; with --table i
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -32,11 +31,9 @@ from torch.optim.lr_scheduler import LambdaLR
 import rankwise
 from rankwise import data, models
 from rankwise.methods import METHODS
-from rankwise.training import environment
 from rankwise.training.task import evaluate
+from run_record import RESULTS, SEEDS, RunRecord, facts, spread
 
-RESULTS = Path(__file__).parent / "results"
-SEEDS = (0, 1, 2)
 BATCH, CONTEXT, STEPS, WARMUP = 8, 64, 400, 40
 VALIDATION_TOKENS = 65_536
 CURVE = 50  # steps that a point of the training curve is the mean of
@@ -180,101 +177,38 @@ def _parts(losses: Sequence[float]) -> list[Sequence[float]]:
     return [losses[i : i + CURVE] for i in range(0, len(losses), CURVE)]
 
 
-class Record:
-    """The lines of a record, read at the start and added to after every run."""
-
-    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
-        self.path = path
-        self.runs: dict[tuple[str, float, int], dict[str, Any]] = {}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            entry = json.loads(line)
-            if "row" not in entry:
-                if entry["settings"] != facts["settings"]:
-                    raise SystemExit(
-                        f"{path} was made with other settings; choose another --record"
-                    )
-                continue
-            self.runs[entry["row"], entry["lr"], entry["seed"]] = entry
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(facts)
-
-    def _write(self, entry: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def get(self, name: str, lr: float, seed: int, run: Callable[[], dict[str, Any]]) -> float:
-        """Validation loss of a run: read, or trained and written down; infinite if it diverged."""
-        key = (name, lr, seed)
-        if key not in self.runs:
-            entry = {"row": name, "lr": lr, "seed": seed, **run()}
-            self._write(entry)
-            self.runs[key] = entry
-            print(f"{name:<24} lr {lr:<8g} seed {seed}  {entry['validation']}", flush=True)
-        found = self.runs[key]["validation"]
-        return math.inf if found is None else found
-
-
 def tune(
     name: str,
     row: Row,
-    record: Record,
+    record: RunRecord,
     run: Callable[[float, int], dict[str, Any]],
     *,
     grow: bool = True,
 ) -> float:
     """The best rate for seed 0, on a grid that grows until it is inside."""
-    grid = {lr: record.get(name, lr, 0, partial(run, lr, 0)) for lr in row.lr}
+    grid = {lr: record.once(name, lr, 0, partial(run, lr, 0)) for lr in row.lr}
     while True:
         best = min(grid, key=lambda lr: grid[lr])
         too_high = best == min(grid) or math.isinf(grid[best])  # where all diverged, say
         beyond = min(grid) / 2 if too_high else best * 2 if best == max(grid) else None
         if beyond is None or not grow:
             return best
-        grid[beyond] = record.get(name, beyond, 0, partial(run, beyond, 0))
+        grid[beyond] = record.once(name, beyond, 0, partial(run, beyond, 0))
 
 
-def table(record: Record, names: Sequence[str]) -> None:
+def table(record: RunRecord, names: Sequence[str]) -> None:
     """Test loss over the seeds at each row's best rate, the difference to AdamW, and the grid."""
-    best = {name: _best(record, name) for name in names}
-    dense = {s: r["test"] for s in SEEDS if (r := _found(record, best, "AdamW", s))}
+    dense = {run["seed"]: run["test"] for run in record.chosen("AdamW")}
     print(f"{'row':<24}{'lr':>9}{'test loss':>18}{'- AdamW':>18}{'state':>8}  validation by lr")
     for name in names:
-        runs = [r for s in SEEDS if (r := _found(record, best, name, s))]
+        runs = record.chosen(name)
         tested = [r["test"] for r in runs if r["test"] is not None]
         if not tested:
             continue
         gaps = [r["test"] - dense[r["seed"]] for r in runs if r["seed"] in dense and r["test"]]
-        grid = sorted(
-            (lr, r["validation"]) for (n, lr, s), r in record.runs.items() if n == name and s == 0
-        )
-        shown = "  ".join(f"{lr:g}: {'-' if v is None else f'{v:.3f}'}" for lr, v in grid)
         state = runs[0]["state_numbers"] / 1e6
-        figures = f"{_spread(tested):>18}{_spread(gaps):>18}{state:>7.2f}M"
-        print(f"{name:<24}{best[name]:>9g}{figures}  {shown}")
-
-
-def _best(record: Record, name: str) -> float | None:
-    found = {
-        lr: run["validation"]
-        for (row, lr, seed), run in record.runs.items()
-        if row == name and seed == 0 and run["validation"] is not None
-    }
-    return min(found, key=lambda lr: found[lr]) if found else None
-
-
-def _found(
-    record: Record, best: Mapping[str, float | None], name: str, seed: int
-) -> dict[str, Any] | None:
-    rate = best.get(name)
-    return None if rate is None else record.runs.get((name, rate, seed))
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+        figures = f"{spread(tested, 4):>18}{spread(gaps, 4):>18}{state:>7.2f}M"
+        print(f"{name:<24}{record.best(name):>9g}{figures}  {record.grid(name, 3)}")
 
 
 def arguments(rows: Mapping[str, Row], about: str, argv: Sequence[str] | None) -> Any:
@@ -308,14 +242,8 @@ def main(name: str, rows: Mapping[str, Row], about: str, argv: Sequence[str] | N
         "context": CONTEXT,
         "checksum": splits.checksum,
     }
-    facts = {
-        "settings": settings,
-        "data": splits.name,
-        "commit": environment.commit(),
-        "versions": environment.versions(),
-        "hardware": environment.hardware(torch.device("cpu"), 1),
-    }
-    record = Record(options.record or RESULTS / f"{name}.jsonl", facts)
+    path = options.record or RESULTS / f"{name}.jsonl"
+    record = RunRecord(path, facts(settings, data=splits.name), loss="validation")
     for label in () if options.table else options.rows:
         row = rows[label]
 
@@ -326,6 +254,6 @@ def main(name: str, rows: Mapping[str, Row], about: str, argv: Sequence[str] | N
         best = tune(label, row, record, run, grow=not options.smoke)
         for lr in (best, options.at or best):
             for seed in SEEDS:
-                record.get(label, lr, seed, partial(run, lr, seed))
+                record.once(label, lr, seed, partial(run, lr, seed))
     table(record, list(rows))
     return 0

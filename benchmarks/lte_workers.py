@@ -33,11 +33,12 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import rankwise
-from language_study import CONTEXT, RESULTS, SEEDS, adamw
+from language_study import CONTEXT, adamw
 from rankwise import data, distributed, models
 from rankwise.methods import METHODS
 from rankwise.training import environment
 from rankwise.training.task import evaluate
+from run_record import RESULTS, SEEDS, spread
 
 WORKERS, BATCH, STEPS, WARMUP, EVERY = 2, 16, 100, 10, 10
 VALIDATION_TOKENS = 16_384
@@ -218,13 +219,8 @@ def table(record: Record) -> None:
         share = sent / next(iter(dense.values()))["bytes_per_step"]
         print(
             f"{name:<28}{record.best(name):>8g}{runs[0]['trained']:>10,}{sent:>12,.0f}{share:>8.3f}"
-            f"  {_spread([e['test'] for e in runs])}, {_spread(gaps)}"
+            f"  {spread([e['test'] for e in runs], 4)}, {spread(gaps, 4)}"
         )
-
-
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

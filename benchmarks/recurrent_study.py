@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,12 @@ from torch import nn
 
 import rankwise
 from rankwise import data, models
-from rankwise.training import Recipe, environment, records, train
+from rankwise.training import Recipe, records, train
 from rankwise.training.task import loss_of
+from run_record import RESULTS, SEEDS, RunRecord, facts, spread
 
-RESULTS = Path(__file__).parent / "results"
 MODEL, BATCH, CONTEXT, EPOCHS = "lstm-char", 16, 64, 1
-SEEDS, RATES = (0, 1, 2), (8e-3, 1.6e-2, 3.2e-2)
+RATES = (8e-3, 1.6e-2, 3.2e-2)
 RATIO = 0.25
 # The paper warms its LSTM up for 10 of 40 epochs and halves the rate at the switch (2103.03936).
 WARMUP = {"warmup_epochs": EPOCHS / 4, "lr_factor": 0.5}
@@ -92,57 +92,6 @@ def run(row: str, text: str, lr: float, seed: int, epochs: int) -> dict[str, Any
     }
 
 
-class Record:
-    """The lines of a record, read at the start and added to after every run."""
-
-    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
-        self.path = path
-        self.runs: dict[tuple[str, float, int], dict[str, Any]] = {}
-        self.times: list[dict[str, Any]] = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            entry = json.loads(line)
-            if "times" in entry:
-                self.times.append(entry)
-            elif "row" in entry:
-                self.runs[entry["row"], entry["lr"], entry["seed"]] = entry
-            elif entry["settings"] != facts["settings"]:
-                raise SystemExit(f"{path} was made with other settings; choose another --record")
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.write(facts)
-
-    def write(self, entry: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def get(self, row: str, text: str, lr: float, seed: int, epochs: int) -> dict[str, Any]:
-        """A run: read, or trained and written down."""
-        key = (row, lr, seed)
-        if key not in self.runs:
-            self.runs[key] = {
-                "row": row,
-                "lr": lr,
-                "seed": seed,
-                **run(row, text, lr, seed, epochs),
-            }
-            self.write(self.runs[key])
-            loss = self.runs[key]["validation_loss"]
-            print(f"{row:<26} lr {lr:<7g} seed {seed}  {loss:.4f}", flush=True)
-        return self.runs[key]
-
-    def best(self, row: str) -> float | None:
-        """The rate with the lowest validation loss of seed 0."""
-        row = RATE_OF.get(row, row)
-        tried = {lr: r for (name, lr, seed), r in self.runs.items() if name == row and seed == 0}
-        return min(tried, key=lambda lr: tried[lr]["validation_loss"], default=None)
-
-    def chosen(self, row: str) -> list[dict[str, Any]]:
-        """A row's runs at its best rate, by seed."""
-        rate = self.best(row)
-        runs = [self.runs.get((row, rate, seed)) for seed in SEEDS] if rate is not None else []
-        return [each for each in runs if each is not None]
-
-
 class Side:
     """A network, its optimizer and its state, to be stepped in turns with others."""
 
@@ -166,7 +115,7 @@ class Side:
         return (time.perf_counter() - began) * 1e3
 
 
-def timed(record: Record, rounds: int) -> dict[str, Any]:
+def timed(record: RunRecord, rounds: int) -> dict[str, Any]:
     """Steps of every row's final network (seed 0 at its best rate) in turns with dense ones."""
     torch.manual_seed(0)
     dense = models.build(MODEL, classes=65, input_shape=(CONTEXT,))
@@ -196,9 +145,10 @@ def timed(record: Record, rounds: int) -> dict[str, Any]:
     }
 
 
-def table(record: Record) -> None:
+def table(record: RunRecord) -> None:
     """Test loss in bits, perplexity, parameters and speed of every row at its best rate."""
-    speeds = record.times[-1]["speed_up"] if record.times else {}
+    times = [entry for entry in record.others if "times" in entry]
+    speeds = times[-1]["speed_up"] if times else {}
     dense = {r["seed"]: r["test_loss"] for r in record.chosen("dense")}
     titles = ("bits/character", "- dense", "perplexity", "parameters", "step")
     print(f"{'row':<26}{'lr':>8}" + "".join(f"{title:>20}" for title in titles) + "  switch")
@@ -212,9 +162,9 @@ def table(record: Record) -> None:
         shown = f"{statistics.median(sizes):,.0f}"
         speed = f"{speeds[row][1]:.2f}x" if row in speeds else ""
         cells = (
-            spread(bits),
-            spread(gaps),
-            spread([math.exp(r["test_loss"]) for r in runs]),
+            spread(bits, 3),
+            spread(gaps, 3),
+            spread([math.exp(r["test_loss"]) for r in runs], 3),
             shown,
             speed,
         )
@@ -222,20 +172,14 @@ def table(record: Record) -> None:
         line = "".join(f"{cell:>20}" for cell in cells)
         print(f"{row:<26}{record.best(row):>8g}{line}  {switches}")
         if row not in RATE_OF:
-            print(f"    validation by lr: {grid(record, row)}")
+            print(f"    validation by lr: {record.grid(row, 4)}")
         for r in runs if row == "Cuttlefish" else ():
             print(f"    seed {r['seed']}: {r['parameters'][0]:,} parameters, ranks {r['ranks']}")
 
 
-def grid(record: Record, row: str) -> str:
-    """Validation losses of seed 0 by learning rate."""
-    own = {lr: r for (name, lr, seed), r in record.runs.items() if name == row and seed == 0}
-    return "  ".join(f"{lr:g}: {own[lr]['validation_loss']:.4f}" for lr in sorted(own))
-
-
-def edge(record: Record, row: str) -> float | None:
+def edge(record: RunRecord, row: str) -> float | None:
     """The next rate to try where the best one is the lowest or highest tried; None inside."""
-    tried = sorted(lr for (name, lr, seed) in record.runs if name == row and seed == 0)
+    tried = list(record.tried(row))
     best = record.best(row)
     if best is None or best == tried[0]:
         return tried[0] / 2
@@ -245,7 +189,7 @@ def edge(record: Record, row: str) -> float | None:
 
 
 def plan(
-    record: Record, row: str, rates: Sequence[float], seeds: Sequence[int]
+    record: RunRecord, row: str, rates: Sequence[float], seeds: Sequence[int]
 ) -> Iterator[tuple[float, int]]:
     """The runs of a row: seed 0 at all rates, then all seeds at the best of them."""
     if row not in RATE_OF:
@@ -256,11 +200,6 @@ def plan(
     if best is None:
         raise SystemExit(f"{row} is trained at the rate of {RATE_OF[row]}, which comes first")
     yield from ((best, seed) for seed in seeds)
-
-
-def spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -283,25 +222,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     epochs = 1 if options.smoke else EPOCHS
     rates, seeds = (RATES[:1], SEEDS[:1]) if options.smoke else (RATES, SEEDS)
     splits = data.load_text(options.data, context=CONTEXT, level="characters")
-    facts = {
-        "settings": {"epochs": epochs, "batch": BATCH, "checksum": splits.checksum},
-        "data": splits.name,
-        "commit": environment.commit(),
-        "versions": environment.versions(),
-        "hardware": environment.hardware(torch.device("cpu"), 1),
-    }
-    record = Record(options.record, facts)
+    settings = {"epochs": epochs, "batch": BATCH, "checksum": splits.checksum}
+    record = RunRecord(options.record, facts(settings, data=splits.name), rate_of=RATE_OF)
     if options.time:
-        entry = timed(record, options.rounds)
-        record.write(entry)
-        record.times.append(entry)
+        record.add(timed(record, options.rounds))
     for row in () if options.table or options.time else options.rows:
         for lr, seed in plan(record, row, rates, seeds):
             late = time.perf_counter() - began > (options.seconds or math.inf)
             if late and (row, lr, seed) not in record.runs:
                 print("time is up; the same command goes on from here")
                 return 3
-            record.get(row, options.data, lr, seed, epochs)
+            record.once(row, lr, seed, partial(run, row, options.data, lr, seed, epochs))
     table(record)
     return 0
 

@@ -22,22 +22,21 @@ from __future__ import annotations
 import argparse
 import gettext
 import hashlib
-import json
 import math
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rankwise.training import Recipe, environment, train
+from rankwise.training import Recipe, train
+from run_record import RESULTS, SEEDS, RunRecord, facts, spread
 
-RESULTS = Path(__file__).parent / "results"
-PAIRS, WORDS, EPOCHS, SEEDS = 6_000, range(2, 8), 5, (0, 1, 2)
+PAIRS, WORDS, EPOCHS = 6_000, range(2, 8), 5
 RATES = (2e-3, 1e-3, 4e-3)
 # The paper leaves the first layers of encoder and decoder dense (2103.03936); its warm-up is 10 of
 # 400 epochs.
@@ -47,7 +46,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "low-rank from the start": ("factorized", {"ranks": 0.25}),
     "Pufferfish": ("pufferfish", {"ranks": 0.25, "warmup_epochs": 1, "exclude": FIRST}),
 }
-TUNED = ("dense", "low-rank from the start")
+RATE_OF = {"Pufferfish": "dense"}  # trained at another row's rate
 KEPT = (
     *("test_loss", "test_accuracy", "test_bleu", "validation_loss", "parameters", "flops"),
     *("step_ms_dense", "step_ms_low_rank", "steps"),
@@ -100,68 +99,26 @@ def recipe(row: str, text: str, lr: float, seed: int, out: str, epochs: int) -> 
     )
 
 
-class Record:
-    """The lines of a record, read at the start and added to after every run."""
-
-    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
-        self.path = path
-        self.runs: dict[tuple[str, float, int], dict[str, Any]] = {}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            entry = json.loads(line)
-            if "row" in entry:
-                self.runs[entry["row"], entry["lr"], entry["seed"]] = entry
-            elif facts and entry["settings"] != facts["settings"]:
-                raise SystemExit(f"{path} was made with other settings; choose another --record")
-        if facts and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.write(facts)
-
-    def write(self, entry: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def get(self, row: str, text: str, lr: float, seed: int, epochs: int) -> dict[str, Any]:
-        """A run: read, or trained and written down."""
-        key = (row, lr, seed)
-        if key not in self.runs:
-            with tempfile.TemporaryDirectory() as folder:
-                result = train(recipe(row, text, lr, seed, str(Path(folder) / "run"), epochs))
-            kept = {name: getattr(result, name) for name in KEPT}
-            self.runs[key] = {"row": row, "lr": lr, "seed": seed, **kept}
-            self.runs[key]["seconds"] = round(result.seconds, 1)
-            self.write(self.runs[key])
-            print(
-                f"{row:<26} lr {lr:<7g} seed {seed}  validation {result.validation_loss:.4f}  "
-                f"BLEU {result.test_bleu:.2f}  {result.seconds:.0f} s",
-                flush=True,
-            )
-        return self.runs[key]
-
-    def best(self, row: str) -> float | None:
-        """The rate with the lowest validation loss of seed 0."""
-        row = row if row in TUNED else "dense"
-        tried = {lr: r for (name, lr, seed), r in self.runs.items() if name == row and seed == 0}
-        return min(tried, key=lambda lr: tried[lr]["validation_loss"], default=None)
-
-    def chosen(self, row: str) -> list[dict[str, Any]]:
-        """A row's runs at its best rate, by seed."""
-        runs = [self.runs.get((row, self.best(row) or 0.0, seed)) for seed in SEEDS]
-        return [each for each in runs if each is not None]
+def run(row: str, text: str, lr: float, seed: int, epochs: int) -> dict[str, Any]:
+    """One training run: its losses, BLEU, sizes and times."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(recipe(row, text, lr, seed, str(Path(folder) / "run"), epochs))
+    return {name: getattr(result, name) for name in KEPT} | {"seconds": round(result.seconds, 1)}
 
 
 def plan(
-    record: Record, rows: Sequence[str], rates: Sequence[float], seeds: Sequence[int]
+    record: RunRecord, rows: Sequence[str], rates: Sequence[float], seeds: Sequence[int]
 ) -> Iterator[tuple[str, float, int]]:
     """All runs: every row and seed at the first rate, seed 0 at the others, all at the best one."""
     yield from ((row, rates[0], seed) for seed in seeds for row in rows)
-    yield from ((row, lr, 0) for row in rows if row in TUNED for lr in rates)
+    yield from ((row, lr, 0) for row in rows if row not in RATE_OF for lr in rates)
     for row in rows:
         best = record.best(row)
         if best is not None:
             yield from ((row, best, seed) for seed in seeds)
 
 
-def table(record: Record) -> None:
+def table(record: RunRecord) -> None:
     """Test perplexity, its difference to dense, token accuracy, BLEU and sizes of every row."""
     dense = {r["seed"]: r["test_loss"] for r in record.chosen("dense")}
     titles = ("perplexity", "loss - dense", "accuracy %", "BLEU", "parameters", "FLOPs/token")
@@ -179,15 +136,8 @@ def table(record: Record) -> None:
             f"{runs[0]['flops']:,}",
         )
         print(f"{row:<26}{record.best(row):>7g}" + "".join(f"{cell:>17}" for cell in cells))
-        tried = {lr: r for (name, lr, seed), r in record.runs.items() if (name, seed) == (row, 0)}
-        if row in TUNED:
-            grid = "  ".join(f"{lr:g}: {tried[lr]['validation_loss']:.4f}" for lr in sorted(tried))
-            print(f"    validation loss by lr: {grid}")
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+        if row not in RATE_OF:
+            print(f"    validation loss by lr: {record.grid(row, 4)}")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -204,7 +154,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     if options.table:
-        table(Record(options.record, {}))
+        table(RunRecord(options.record, None, rate_of=RATE_OF))
         return 0
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -215,15 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     epochs = 1 if options.smoke else EPOCHS
     rates, seeds = (RATES[:1], SEEDS[:1]) if options.smoke else (RATES, SEEDS)
     checksum = hashlib.sha256(written.encode()).hexdigest()[:16]
-    record = Record(
-        options.record,
-        {
-            "settings": {"epochs": epochs, "pairs": len(pairs), "checksum": checksum},
-            "commit": environment.commit(),
-            "versions": environment.versions(),
-            "hardware": environment.hardware(torch.device("cpu"), 1),
-        },
-    )
+    settings = {"epochs": epochs, "pairs": len(pairs), "checksum": checksum}
+    record = RunRecord(options.record, facts(settings), rate_of=RATE_OF)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "messages.tsv"
         path.write_text(written, encoding="utf-8")
@@ -232,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if late and (row, lr, seed) not in record.runs:
                 print("time is up; the same command goes on from here")
                 return 3
-            record.get(row, f"pairs:{path}", lr, seed, epochs)
+            record.once(row, lr, seed, partial(run, row, f"pairs:{path}", lr, seed, epochs))
     table(record)
     return 0
 

@@ -59,7 +59,7 @@ def test_every_row_is_trained_timed_and_shown(study, tmp_path, capsys):
 
 
 def test_the_best_rate_is_that_of_the_validation_part(study, tmp_path):
-    record = study.Record(tmp_path / "r.jsonl", {"settings": {}})
+    record = study.RunRecord(tmp_path / "r.jsonl", {"settings": {}}, rate_of=study.RATE_OF)
     for lr, seed, validation, test in (
         (1, 0, 2.0, 9.0),
         (2, 0, 1.0, 8.0),
@@ -74,7 +74,7 @@ def test_the_best_rate_is_that_of_the_validation_part(study, tmp_path):
     assert record.chosen("Pufferfish") == [run]
     assert record.best("Pufferfish, gate by gate") == 8
     assert record.best("low-rank from the start") is None
-    assert study.grid(record, "dense") == "1: 2.0000  2: 1.0000  4: 3.0000"
+    assert record.grid("dense", 4) == "1: 2.0000  2: 1.0000  4: 3.0000"
     assert study.edge(record, "dense") is None
     del record.runs["dense", 1, 0]
     assert study.edge(record, "dense") == 1
