@@ -20,8 +20,8 @@ import rankwise
 from rankwise import data
 from rankwise.data import TextSplit, batches, documents, load_stream, passing
 from rankwise.errors import DataError, OptionError
-from rankwise.training import Interrupted, Recipe, train
-from test_training import StopAt, end_state, epochs_of
+from rankwise.training import Recipe
+from test_training import stopped_and_gone_on
 
 
 def texts(count: int, of: str = "t") -> list[str]:
@@ -196,13 +196,7 @@ def test_a_run_on_a_stream_is_resumed_in_its_second_pass(c4):
             out=out,
         )
 
-    train(recipe("whole"))
-    with pytest.raises(Interrupted):
-        train(recipe("parts"), report=StopAt(9))
-    train(recipe("parts"), resume="parts")
-    for mine, theirs in zip(end_state("parts"), end_state("whole"), strict=True):
-        assert_close(mine, theirs, rtol=0, atol=0)
-    assert epochs_of("parts") == epochs_of("whole")
+    stopped_and_gone_on(recipe, 9)
     assert rankwise.load("whole").extra["position"] == 12
 
 

@@ -22,7 +22,7 @@ from rankwise.models.transformer import Transformer
 from rankwise.training import Interrupted, Recipe, Result, records, train
 from rankwise.training.report import Progress
 from rankwise.training.task import Score, evaluate, loss_of
-from test_training import StopAt, end_state, epochs_of
+from test_training import StopAt, end_state, stopped_and_gone_on
 
 SIZES = {"vocabulary": 23, "width": 16, "layers": 2, "heads": 2, "hidden": 24, "context": 12}
 
@@ -310,15 +310,7 @@ LOW_RANK = [
 def test_a_language_model_stopped_anywhere_ends_bit_for_bit_as_one_that_was_not(
     prose, method, options, step
 ):
-    how = {"method": method, "method_options": options}
-    whole = train(recipe(out="whole", **how))
-    with pytest.raises(Interrupted):
-        train(recipe(out="parts", **how), report=StopAt(step))
-    resumed = train(recipe(out="parts", **how), resume="parts")
-    for mine, theirs in zip(end_state("parts"), end_state("whole"), strict=True):
-        assert_close(mine, theirs, rtol=0, atol=0)
-    assert epochs_of("parts") == epochs_of("whole")
-    assert (resumed.test_loss, resumed.validation_loss) == (whole.test_loss, whole.validation_loss)
+    stopped_and_gone_on(recipe, step, method=method, method_options=options)
 
 
 def test_it_learns_what_can_be_learned_and_no_more(prose):

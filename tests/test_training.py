@@ -7,8 +7,9 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
@@ -18,12 +19,13 @@ from torch.testing import assert_close
 import rankwise
 from rankwise import data
 from rankwise.errors import CheckpointError, NonFiniteLossError, OptionError
-from rankwise.training import Interrupted, Recipe, records, setup, train
+from rankwise.training import Interrupted, Recipe, Result, records, setup, train
 from rankwise.training.clock import Clock
 from rankwise.training.report import Progress, Silent, Switch
 
 STEPS_PER_EPOCH, SWITCH = 8, 11
 TIMES = {"time", "seconds", "step_ms", "hardware"}
+FIGURES = ("test_loss", "test_accuracy", "test_bleu", "validation_loss", "validation_accuracy")
 
 
 def planted(seed: int, count: int) -> data.Split:
@@ -82,36 +84,39 @@ def epochs_of(out: str) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
+def stopped_and_gone_on(
+    recipe: Callable[..., Recipe], at: int, **how: Any
+) -> tuple[Result, Result]:
+    """Results of a run that was stopped at a step and resumed, and of one that was not.
+
+    They end with the same weights, optimizer, records and figures, bit for bit.
+    """
+    whole = train(recipe(out="whole", **how))
+    with pytest.raises(Interrupted) as caught:
+        train(recipe(out="parts", **how), report=StopAt(at))
+    assert caught.value.step == at
+    resumed = train(recipe(out="parts", **how), resume="parts")
+    for mine, theirs in zip(end_state("parts"), end_state("whole"), strict=True):
+        assert_close(mine, theirs, rtol=0, atol=0)
+    assert epochs_of("parts") == epochs_of("whole")
+    for figure in FIGURES:
+        assert getattr(resumed, figure) == getattr(whole, figure), figure
+    return resumed, whole
+
+
 # Mid-epoch before the switch, the end of an epoch, just before, at and just after the switch.
 @pytest.mark.parametrize("step", [3, STEPS_PER_EPOCH, SWITCH - 1, SWITCH, SWITCH + 1, 20])
 @pytest.mark.parametrize(
     "how", [{}, {"optimizer": "adam", "lr": 1e-3, "schedule": "step", "clip_norm": 0.5}]
 )
 def test_a_run_stopped_anywhere_ends_bit_for_bit_as_one_that_was_not(step, how):
-    whole = train(recipe(out="whole", **how))
-    with pytest.raises(Interrupted) as caught:
-        train(recipe(out="parts", **how), report=StopAt(step))
-    assert caught.value.step == step
-    resumed = train(recipe(out="parts", **how), resume="parts")
-    for mine, theirs in zip(end_state("parts"), end_state("whole"), strict=True):
-        assert_close(mine, theirs, rtol=0, atol=0)
-    assert epochs_of("parts") == epochs_of("whole")
-    assert (resumed.test_loss, resumed.validation_accuracy) == (
-        whole.test_loss,
-        whole.validation_accuracy,
-    )
+    resumed, whole = stopped_and_gone_on(recipe, step, **how)
     assert len(resumed.switches) == len(whole.switches) == 1
 
 
 def test_a_plateau_is_remembered_where_a_run_goes_on():
     how = {"schedule": "plateau", "lr_decay": 0.5, "lr": 0.4, "epochs": 6, "clip_norm": 0.5}
-    train(recipe(out="whole", **how))
-    with pytest.raises(Interrupted):
-        train(recipe(out="parts", **how), report=StopAt(5 * STEPS_PER_EPOCH + 3))
-    train(recipe(out="parts", **how), resume="parts")
-    for mine, theirs in zip(end_state("parts"), end_state("whole"), strict=True):
-        assert_close(mine, theirs, rtol=0, atol=0)
-    assert epochs_of("parts") == epochs_of("whole")
+    stopped_and_gone_on(recipe, 5 * STEPS_PER_EPOCH + 3, **how)
     epochs = [r for r in epochs_of("whole") if r["event"] == "epoch"]
     rate, best, expected = 0.4, math.inf, []
     for epoch in epochs:
@@ -202,11 +207,7 @@ def test_sigterm_is_reported_as_itself_and_handlers_are_put_back():
 
 def test_reduced_precision_resumes_exactly_too():
     how = {"amp": "bf16", "channels_last": True, "label_smoothing": 0.1}
-    train(recipe(out="whole", **how))
-    with pytest.raises(Interrupted):
-        train(recipe(out="parts", **how), report=StopAt(13))
-    train(recipe(out="parts", **how), resume="parts")
-    assert_close(end_state("parts"), end_state("whole"), rtol=0, atol=0)
+    stopped_and_gone_on(recipe, 13, **how)
 
 
 def test_the_result_counts_what_is_there_and_names_the_switch():

@@ -24,7 +24,7 @@ from rankwise.models.networks import _translates
 from rankwise.training import Interrupted, Recipe, Result, records, train
 from rankwise.training.task import TASKS, Score, evaluate, loss_of
 from test_distributed import Workers
-from test_training import StopAt, end_state, epochs_of
+from test_training import StopAt, stopped_and_gone_on
 
 TINY = {"vocabulary": 20, "width": 32, "layers": 2, "heads": 4, "hidden": 48}
 
@@ -164,15 +164,7 @@ METHODS = [
 @pytest.mark.parametrize("step", [4, 10, 11, 14])
 @pytest.mark.parametrize(("method", "options"), METHODS)
 def test_a_run_stopped_anywhere_ends_bit_for_bit_as_one_that_was_not(pairs, method, options, step):
-    how = {"method": method, "method_options": options, "amp": "bf16"}
-    whole = train(recipe(out="whole", **how))
-    with pytest.raises(Interrupted):
-        train(recipe(out="parts", **how), report=StopAt(step))
-    resumed = train(recipe(out="parts", **how), resume="parts")
-    for mine, theirs in zip(end_state("parts"), end_state("whole"), strict=True):
-        assert_close(mine, theirs, rtol=0, atol=0)
-    assert epochs_of("parts") == epochs_of("whole")
-    assert (resumed.test_loss, resumed.test_bleu) == (whole.test_loss, whole.test_bleu)
+    stopped_and_gone_on(recipe, step, method=method, method_options=options, amp="bf16")
 
 
 def test_the_first_layers_of_encoder_and_decoder_stay_dense_as_in_the_paper(pairs):
