@@ -98,6 +98,10 @@ GOOD: dict[str, Methods] = {
         ReLoRA(rank=4, warmup_steps=5, restart_every=3, restart_warmup=1, layers="*"),
         GaLore(rank=2, every=3, layers="*"),
     ],
+    "GaLore until ReLoRA opens all that it projects": lambda: [
+        ReLoRA(rank=4, warmup_steps=5, restart_every=3, restart_warmup=1, layers="0,2"),
+        GaLore(rank=2, every=3),
+    ],
     "multi-head GaLore, GaLore on the dense rest": lambda: [
         MultiHeadGaLore(heads=2, rank=3, merge_every=3, moments="rotate", layers="0"),
         GaLore(rank=2, every=3),
@@ -210,6 +214,19 @@ def test_weights_that_an_update_freezes_leave_the_projection() -> None:
     train(run, 6)
     assert set(names(run.bare).values()) == {"2.weight.projected"}
     assert {*run.bare.get_submodule("0").heads.parameters()} <= held(run)
+
+
+def test_a_resume_that_finds_nothing_to_project_is_refused_where_no_update_froze_it(
+    tmp_path: Path,
+) -> None:
+    run = begin([GaLore(rank=2, every=3)])
+    train(run, 2)
+    path = rankwise.save(tmp_path, run)
+    model = network()
+    for layer in ("0", "2"):
+        model.get_submodule(layer).requires_grad_(False)
+    with pytest.raises(SelectionError, match="was selected by layers='auto'"):
+        rankwise.start(model, GaLore(rank=2, every=3), adamw(model), resume=path)
 
 
 # ---------------------------------------------------------------- LoRA+

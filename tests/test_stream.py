@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import io
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,9 @@ from rankwise import data
 from rankwise.data import Streamed, StreamedSplits, batches, folder, read
 from rankwise.data.chosen import Chosen
 from rankwise.errors import DataError
+from rankwise.images import process
+from rankwise.images.tree import open_tree
+from rankwise.images.variation import How
 from rankwise.training import Recipe, loop, records, setup, train
 from rankwise.training.interrupt import Interrupted
 
@@ -372,3 +378,33 @@ def test_ctrl_c_for_the_whole_group_leaves_a_checkpoint_and_nothing_else(
     assert saved.extra["position"] > 0
     assert len(children) == 3
     assert not any(child.is_running() for child in children)
+
+
+def test_whatever_a_decoder_raises_names_its_file_and_the_process_goes_on(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = process.picture
+
+    def picture(tree: Any, name: str, how: How, drawn: Any) -> np.ndarray:
+        if name == "left/02.png":
+            raise TypeError("a colour of none")
+        return honest(tree, name, how, drawn)
+
+    monkeypatch.setattr(process, "picture", picture)
+    how = How(size=16, channels=3)
+    names = ["left/02.png", "left/04.png"]
+    lines = [str(photos), *({"how": asdict(how), "names": names, "drawn": None} for _ in range(2))]
+    answers = io.BytesIO()
+    process.serve(io.BytesIO("\n".join(map(json.dumps, lines)).encode()), answers)
+    answers.seek(0)
+    for _ in range(2):
+        kind, length = process.ANSWER.unpack(answers.read(process.ANSWER.size))
+        assert kind == process.MESSAGE
+        assert answers.read(length).decode() == (
+            "left/02.png cannot be decoded: TypeError: a colour of none"
+        )
+        kind, length = process.ANSWER.unpack(answers.read(process.ANSWER.size))
+        assert (kind, length) == (process.PIXELS, 16 * 16 * 3)
+        expected = honest(open_tree(photos), "left/04.png", how, None)
+        assert answers.read(length) == expected.tobytes()
+    assert not answers.read()

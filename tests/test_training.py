@@ -302,6 +302,24 @@ def test_other_images_are_refused(monkeypatch):
         train(recipe(out="out"), resume="out")
 
 
+def test_a_series_of_runs_keeps_the_data_of_the_last_one_alone(monkeypatch):
+    sizes, honest = [], data.load
+
+    def load(name: str, *, size: int | None, **how: Any) -> Any:
+        sizes.append(size)
+        return honest(name, **how)
+
+    monkeypatch.setattr(data, "load", load)
+    small, large = recipe(image_size=8), recipe(image_size=16, lr=0.5)
+    with setup.keeping_data():
+        assert setup.load_data(small) is setup.load_data(recipe(image_size=8, seed=1))
+        setup.load_data(large)
+        setup.load_data(small)
+    assert sizes == [8, 16, 8]
+    setup.load_data(small)
+    assert sizes == [8, 16, 8, 8]
+
+
 def test_a_checkpoint_of_another_program_is_refused():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
