@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.data.coding import END, Parts
-from rankwise.data.pairs import PairSplit, _split
+from rankwise.data.texts.coding import END, Parts
+from rankwise.data.texts.pairs import PairSplit, _split
 from rankwise.errors import OptionError
 from rankwise.training.bleu import AT_ONCE, SURPLUS, bleu, tokens, translate, with_bleu
 from rankwise.training.task import Score

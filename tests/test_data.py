@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from rankwise import data
-from rankwise.data import Split, Splits, batches, load, mnist, steps_per_epoch
+from rankwise.data import Split, Splits, batches, load, steps_per_epoch
+from rankwise.data.images import mnist
 from rankwise.errors import DataError, OptionError
 from rankwise.images import decode, tree
 

@@ -18,7 +18,8 @@ from torch.testing import assert_close
 
 import rankwise
 from rankwise import data
-from rankwise.data import TextSplit, batches, documents, load_stream, passing
+from rankwise.data import TextSplit, batches, load_stream
+from rankwise.data.texts import documents, passing
 from rankwise.errors import DataError, OptionError
 from rankwise.training import Recipe
 from test_training import stopped_and_gone_on

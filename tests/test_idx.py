@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from rankwise import data
-from rankwise.data import idx, load
-from rankwise.data.idx import FILES, PUBLISHED, places
+from rankwise.data import load
+from rankwise.data.images import idx
+from rankwise.data.images.idx import FILES, PUBLISHED, places
 from rankwise.errors import DataError, OptionError
 
 EACH, TESTED = 24, 20  # training images of a class, test images

@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from rankwise import data
-from rankwise.data import cifar, hub, load, svhn
+from rankwise.data import load
+from rankwise.data.images import cifar, online, svhn
 from rankwise.errors import DataError, OptionError
 from rankwise.images import tree
 
@@ -492,7 +493,7 @@ def hub_of(load: Callable[..., Any]) -> Any:
 def test_a_set_that_is_not_here_comes_from_the_hub(
     name: str, digits: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = hub.IMAGES[name]
+    entry = online.IMAGES[name]
     images = digits[:120, 2:30, 2:30, 0] if name == "mnist" else digits[:120]
     labels = np.arange(120) % 10
     asked = []
@@ -528,7 +529,7 @@ def test_a_hub_out_of_reach_is_answered_with_the_places(monkeypatch: pytest.Monk
     with pytest.raises(DataError, match=r"uoft-cs/cifar10 .*cifar-10-binary"):
         load("cifar-10")
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    for name in hub.IMAGES:
+    for name in online.IMAGES:
         with pytest.raises(DataError, match=r"pip install 'rankwise\[datasets\]'"):
             load(name)
 

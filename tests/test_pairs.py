@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 from rankwise import data
 from rankwise.data import IGNORED, PairSplits, batches, load_pairs
-from rankwise.data.coding import END, PADDING, SPECIAL, START, Bytes, Parts
 from rankwise.data.parts import Uneven
 from rankwise.data.reading import POOL, alike
+from rankwise.data.texts.coding import END, PADDING, SPECIAL, START, Bytes, Parts
 from rankwise.errors import DataError, OptionError
 
 GERMAN = ["ein Haus", "der alte Mann liest ein Buch .", "Hallo !", "zwei Hunde laufen im Schnee ."]

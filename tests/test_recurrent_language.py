@@ -408,6 +408,6 @@ def test_a_vocabulary_that_is_numbered_otherwise_is_no_resume(prose, monkeypatch
     how = recipe(tokens="words", context=5, out="out")
     with pytest.raises(Interrupted):
         train(how, report=StopAt(3))
-    monkeypatch.setattr("rankwise.data.vocabulary._words", lambda text, _: text.split(" "))
+    monkeypatch.setattr("rankwise.data.texts.vocabulary._words", lambda text, _: text.split(" "))
     with pytest.raises(CheckpointError, match=r"with 5 classes or tokens that are not the \d"):
         train(how, resume="out")

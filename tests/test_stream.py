@@ -26,17 +26,15 @@ import torch
 from PIL import Image
 
 from rankwise import data
-from rankwise.data import Streamed, StreamedSplits, batches, folder, read
+from rankwise.data import Streamed, StreamedSplits, batches, read
 from rankwise.data.chosen import Chosen
+from rankwise.data.images import folder, stream
 from rankwise.errors import DataError
 from rankwise.images import process
 from rankwise.images.tree import open_tree
 from rankwise.images.variation import How
 from rankwise.training import Recipe, loop, records, setup, train
 from rankwise.training.interrupt import Interrupted
-
-stream_module = sys.modules["rankwise.data.stream"]  # the package's name is the function's
-
 
 PASS: dict[str, Any] = {"batch_size": 16, "seed": 0, "epoch": 0}
 
@@ -159,7 +157,7 @@ def test_skipped_batches_are_not_decoded_and_few_are_ahead(
     part = streamed(photos).train
     asked: list[str] = []
     monkeypatch.setattr(part.decoders, "fill", lambda images, names, *_: asked.extend(names))
-    monkeypatch.setattr(stream_module, "AT_ONCE", 1)
+    monkeypatch.setattr(stream, "AT_ONCE", 1)
     with closing(batches(part, batch_size=4, seed=0, epoch=0, start=10)) as some:
         assert len(list(some)) == 2
     assert len(asked) == 8
@@ -167,14 +165,14 @@ def test_skipped_batches_are_not_decoded_and_few_are_ahead(
     with closing(batches(part, batch_size=4, seed=0, epoch=0)) as some:
         next(some)
         time.sleep(0.05)
-        assert len(asked) <= 4 * (stream_module.AHEAD + 1)
+        assert len(asked) <= 4 * (stream.AHEAD + 1)
 
 
 def test_the_statistics_are_those_of_an_even_sample(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = streamed(photos).train.normalise
-    monkeypatch.setattr(stream_module, "SAMPLED", 24)
+    monkeypatch.setattr(stream, "SAMPLED", 24)
     sample = streamed(photos).train.normalise
     assert not torch.equal(sample.mean, whole.mean)
     torch.testing.assert_close(sample.mean, whole.mean, rtol=0, atol=3.0)

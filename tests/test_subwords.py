@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from torch.testing import assert_close
 
-from rankwise.data import load_pairs, load_text, subwords
-from rankwise.data.subwords import PIECE, Subwords
+from rankwise.data import load_pairs, load_text
+from rankwise.data.texts import subwords
+from rankwise.data.texts.subwords import PIECE, Subwords
 from rankwise.errors import DataError, OptionError
 
 pytest.importorskip("tokenizers")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from rankwise import data
-from rankwise.data import TextSplit, batches, load_text, text
+from rankwise.data import TextSplit, batches, load_text
+from rankwise.data.texts import text
 from rankwise.errors import DataError, OptionError
 
 

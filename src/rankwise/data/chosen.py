@@ -9,9 +9,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from rankwise.data.pairs import PairSplit
 from rankwise.data.parts import SPLIT_SEED, DataSet, Examples, Inputs, ReadAhead
 from rankwise.data.reading import read
+from rankwise.data.texts.pairs import PairSplit
 from rankwise.errors import OptionError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from rankwise.data import Examples, PairSplit
-from rankwise.data.coding import END, START
+from rankwise.data.texts.coding import END, START
 from rankwise.errors import OptionError
 from rankwise.models import Translator, greedy
 from rankwise.training.task import Score, eval_mode

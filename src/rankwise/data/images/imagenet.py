@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from rankwise.data import hub, places
-from rankwise.data.arrays import check_side
-from rankwise.data.folder import Files, Listing, Progress, listed
-from rankwise.data.splits import Splits
+from rankwise.data.images.arrays import check_side
+from rankwise.data.images.folder import Files, Listing, Progress, listed
+from rankwise.data.images.online import load_images
+from rankwise.data.images.splits import Splits
 from rankwise.errors import DataError
 from rankwise.images.tree import Tree, open_tree, path_of
 
@@ -82,7 +83,7 @@ def find_imagenet(
     check_side(size)
     place = Path(path).expanduser() if path else places.found(published.names)
     if place is None:
-        return hub.load_images(
+        return load_images(
             name,
             tuple(str(number) for number in range(200)),
             size=size,

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from rankwise.data.parts import DataSet, checksum_of
 from rankwise.data.places import installed
-from rankwise.data.subwords import subwords
-from rankwise.data.vocabulary import LEVELS, decoded, numbered, without_rare_words
-from rankwise.data.wikitext import NAME as WIKITEXT
-from rankwise.data.wikitext import load_wikitext
+from rankwise.data.texts.subwords import subwords
+from rankwise.data.texts.vocabulary import LEVELS, decoded, numbered, without_rare_words
+from rankwise.data.texts.wikitext import NAME as WIKITEXT
+from rankwise.data.texts.wikitext import load_wikitext
 from rankwise.errors import DataError, OptionError, unknown
 
 HELD_OUT = 0.1  # share of the text that validates, and share that tests

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankwise.data.augment import Augment
-from rankwise.data.folder import Files, cut
-from rankwise.data.normalise import Normalise, statistics
+from rankwise.data.images.augment import Augment
+from rankwise.data.images.folder import Files, cut
+from rankwise.data.images.normalise import Normalise, statistics
+from rankwise.data.images.splits import OfImages
 from rankwise.data.parts import DataSet, checksum_of
-from rankwise.data.splits import OfImages
 from rankwise.errors import DataError
 from rankwise.images.decoders import Decoders
 from rankwise.images.tree import Archive

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from rankwise.data import hub, places
-from rankwise.data.arrays import Part, assemble, check_side
-from rankwise.data.folder import Progress
+from rankwise.data.images.arrays import Part, assemble, check_side
+from rankwise.data.images.folder import Progress
+from rankwise.data.images.online import load_images
+from rankwise.data.images.splits import Splits
 from rankwise.data.parts import checksum_of
-from rankwise.data.splits import Splits
 from rankwise.errors import DataError
 
 CLASSES = tuple("0123456789")
@@ -67,7 +68,7 @@ def load_svhn(path: str = "", *, size: int = SIDE, progress: Progress | None = N
     if folder is None:
         if path:
             raise DataError(f"svhn: {path} does not hold {' and '.join(FILES)}; {OBTAIN}")
-        return hub.load_images(
+        return load_images(
             "svhn",
             CLASSES,
             size=size,

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankwise.data.augment import Augment
-from rankwise.data.normalise import Normalise, statistics
+from rankwise.data.images.augment import Augment
+from rankwise.data.images.normalise import Normalise, statistics
 from rankwise.data.parts import SPLIT_SEED, DataSet
 from rankwise.errors import DataError
 from rankwise.images.variation import draws

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from rankwise.data.splits import Splits, normalised, stratified
+from rankwise.data.images.splits import Splits, normalised, stratified
 from rankwise.errors import DataError, OptionError
 
 AT_ONCE = 4_096  # images scaled in one call

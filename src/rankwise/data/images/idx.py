@@ -19,9 +19,10 @@ import numpy as np
 
 from rankwise.data import hub
 from rankwise.data import places as usual
-from rankwise.data.arrays import assemble
+from rankwise.data.images.arrays import assemble
+from rankwise.data.images.online import load_images
+from rankwise.data.images.splits import Splits
 from rankwise.data.parts import checksum_of
-from rankwise.data.splits import Splits
 from rankwise.errors import DataError, OptionError, unknown
 
 # Training images, training labels, test images, test labels; some copies write a dot for the dash.
@@ -109,7 +110,7 @@ def load_idx(name: str, *, progress: Callable[[int, int], None] | None = None) -
     except DataError as absent:
         if path:
             raise
-        return hub.load_images(
+        return load_images(
             kind,
             PUBLISHED[kind].classes,
             size=SIDE,

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from rankwise.data import places
-from rankwise.data.arrays import Part, assemble, check_side
+from rankwise.data.images.arrays import Part, assemble, check_side
+from rankwise.data.images.splits import Splits
 from rankwise.data.parts import checksum_of
-from rankwise.data.splits import Splits
 from rankwise.errors import DataError
 
 CLASSES = (

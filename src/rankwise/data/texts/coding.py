@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from rankwise.data.subwords import Subwords, subwords
-from rankwise.data.vocabulary import UNKNOWN, WORDS
+from rankwise.data.texts.subwords import Subwords, subwords
+from rankwise.data.texts.vocabulary import UNKNOWN, WORDS
 from rankwise.errors import DataError
 
 SPECIAL = ("<pad>", UNKNOWN, "<s>", "</s>")

@@ -20,10 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rankwise.data.coding import END, PADDING, START, Coding, coding
-from rankwise.data.parallel import read_pairs
 from rankwise.data.parts import IGNORED, DataSet, checksum_of
-from rankwise.data.vocabulary import LEVELS
+from rankwise.data.texts.coding import END, PADDING, START, Coding, coding
+from rankwise.data.texts.parallel import read_pairs
+from rankwise.data.texts.vocabulary import LEVELS
 from rankwise.errors import DataError, OptionError, unknown
 
 Pair = tuple[str, str]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rankwise.data.arrays import check_side
-from rankwise.data.splits import Splits, normalised, stratified
+from rankwise.data.images.arrays import check_side
+from rankwise.data.images.splits import Splits, normalised, stratified
 from rankwise.errors import DataError
 from rankwise.images.decode import SUFFIXES, central, decode, is_grey, pillow
 from rankwise.images.tree import Tree, open_tree, path_of

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rankwise.data import folder, hub, places
-from rankwise.data.arrays import assemble, check_side
+from rankwise.data import hub, places
+from rankwise.data.images import folder
+from rankwise.data.images.arrays import assemble, check_side
+from rankwise.data.images.online import load_images
+from rankwise.data.images.splits import Splits
 from rankwise.data.parts import checksum_of
-from rankwise.data.splits import Splits
 from rankwise.errors import DataError
 from rankwise.images.tree import Tree, open_tree, path_of
 
@@ -112,7 +114,7 @@ def find_cifar(
     check_side(size)
     place = Path(path).expanduser() if path else places.found(names(name))
     if place is None:
-        return hub.load_images(
+        return load_images(
             name,
             published.classes,
             size=size,

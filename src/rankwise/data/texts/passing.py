@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankwise.data.documents import Documents, Reader, find_documents
 from rankwise.data.parts import DataSet, checksum_of
-from rankwise.data.subwords import Subwords, subwords
-from rankwise.data.text import OfWindows, TextSplit
+from rankwise.data.texts.documents import Documents, Reader, find_documents
+from rankwise.data.texts.subwords import Subwords, subwords
+from rankwise.data.texts.text import OfWindows, TextSplit
 from rankwise.errors import DataError, OptionError, unknown
 
 HELD = 1000  # documents that validate, and as many that test

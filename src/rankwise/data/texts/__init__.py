@@ -1,0 +1,1 @@
+"""Texts: as one stream of tokens, as documents without end, and in pairs for translation."""
