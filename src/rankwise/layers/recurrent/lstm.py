@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.layers.recurrent import lstm_loop
+from rankwise.layers.recurrent import fused_lstm, lstm_loop
 from rankwise.layers.recurrent.base import OpenRecurrent, Ranks
 from rankwise.layers.recurrent.codes import operand_dtype, state_dtype
 from rankwise.layers.recurrent.matrices import Encoded, Matrix, bias_of, for_loop
-from rankwise.layers.recurrent.native import native, projected
+from rankwise.layers.recurrent.native import narrowed, native, projected
 from rankwise.layers.recurrent.sequences import Layout
 
 
@@ -91,6 +91,14 @@ class LowRankLSTM(OpenRecurrent):
         assert hh.v is not None
         dtype = operand_dtype(states[0])
         z0, c0 = F.linear(states[0], hh.v).to(dtype), states[1].to(state_dtype(dtype))
+        if way == "fused":
+            ih = narrowed(ih)
+            preactivations = F.linear(
+                *(part.to(dtype) for part in (ih.encode(x), ih.u, bias_of(ih, hh)))
+            )
+            u, v = hh.u.to(dtype), hh.v.to(dtype)
+            y, c = fused_lstm.run(preactivations, u, v, z0, c0, reverse)
+            return y, layout.last(y, reverse), c.to(dtype)
         turned = reverse and layout.packed is not None
         zx = ih.encode(layout.turn(x) if turned and isinstance(x, Tensor) else x).to(dtype)
 

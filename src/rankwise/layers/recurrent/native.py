@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +36,7 @@ def native(
         Hidden states (T, B, P), then the last states (B, ..).
     """
     ih, hh, *projection = matrices
-    ih = _narrow(ih)
+    ih = narrowed(ih)
     z = ih.encode(layout.turn(x) if reverse and isinstance(x, Tensor) else x)
     weights = [ih.u, hh.product()]
     if ih.bias is not None and hh.bias is not None:
@@ -57,9 +58,12 @@ def _call(
     options = (len(weights) > 3, 1, 0.0, training, False)
     begin = states if kind == "lstm" else states[0]
     function = getattr(torch._VF, kind)
-    if layout.packed is not None:
-        return function(z, layout.packed.batch_sizes, begin, weights, *options)
-    return function(z, begin, weights, *options, False)
+    with warnings.catch_warnings():
+        # cuDNN copies weights that are not in one piece, and says so; a product never is.
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous")
+        if layout.packed is not None:
+            return function(z, layout.packed.batch_sizes, begin, weights, *options)
+        return function(z, begin, weights, *options, False)
 
 
 def projected(
@@ -83,7 +87,7 @@ def projected(
     assert hh.v is not None
     assert ahead.v is not None
     rank, gates = len(hh.v), hh.gates
-    ih = _narrow(ih)
+    ih = narrowed(ih)
     z, bias = ih.encode(x), bias_of(ih, hh)
     nothing = torch.zeros_like(bias)
     wide = torch.cat([hh.u, hh.u.new_zeros(len(hh.u), len(ahead.v))], 1)
@@ -101,7 +105,7 @@ def projected(
     return Encoded(codes[..., rank:]), h, c
 
 
-def _narrow(ih: Matrix) -> Matrix:
+def narrowed(ih: Matrix) -> Matrix:
     """With codes that all gates share, or dense: what torch's kernel can multiply by."""
     if not ih.apart:
         return ih

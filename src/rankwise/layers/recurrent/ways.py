@@ -5,7 +5,7 @@ call with gradients and else once (`kept`); its inputs are codes. `projected`: t
 projection, which is the same function: h enters the next step through V h alone, so V stands for
 the projection and U for the recurrent matrix. With the next layer's V below (and zeros in U) it
 hands on that layer's codes; h itself it does not give, so it serves layers whose hidden states only
-such a layer reads.
+such a layer reads. `fused`: our loop as one CUDA kernel (`fused`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import OptionError, unknown
+from rankwise.layers.recurrent import fused
+from rankwise.layers.recurrent.codes import operand_dtype
 from rankwise.layers.recurrent.matrices import Encoded, Matrix
 from rankwise.layers.recurrent.sequences import Layout
 
-WAYS = ("auto", "loop", "product", "projected")
+WAYS = ("auto", "loop", "product", "projected", "fused")
 # In multiplications and additions, as measured on an AMD EPYC (docs/studies/recurrent.md):
 CALLS = 7.5e6  # what the calls of one step cost, more than one call of torch's kernel for all
 PACKING = 30  # what it costs to copy and reorder one number of the factors, at each call
@@ -34,7 +36,11 @@ Results = tuple[Any, ...]
 
 
 def possible(
-    kind: str, matrices: Sequence[Matrix], ahead: Matrix | None, layout: Layout
+    kind: str,
+    matrices: Sequence[Matrix],
+    ahead: Matrix | None,
+    layout: Layout,
+    x: Tensor | Encoded,
 ) -> tuple[str, ...]:
     """The ways that give this layer's function, `loop` first if it is one.
 
@@ -43,18 +49,24 @@ def possible(
         matrices: of the layer in one direction.
         ahead: the next layer's input matrix if nothing else reads the hidden states.
         layout: how the sequences lie.
+        x: (T, B, N), the layer's input.
     """
-    hh = matrices[1]
+    hh, given = matrices[1], x.codes if isinstance(x, Encoded) else x
     # torch.export has no place for our loop; there the product is part of the graph.
     if hh.v is None or torch.compiler.is_exporting():
         return ("product",)
-    if kind != "lstm" or len(matrices) > 2 or layout.packed is not None:
-        return ("loop", "product")
-    if hh.apart or ahead is None or ahead.v is None or ahead.apart:
-        return ("loop", "product")
+    ways = ["loop", "product"]
+    if hh.apart or len(matrices) > 2 or layout.packed is not None:
+        return tuple(ways)
     # torch wants a projection that is smaller than the hidden state.
-    fits = len(hh.v) + len(ahead.v) < hh.v.shape[1]
-    return ("loop", "product", "projected") if fits else ("loop", "product")
+    if kind == "lstm" and ahead is not None and ahead.v is not None and not ahead.apart:
+        ways += ["projected"] * (len(hh.v) + len(ahead.v) < hh.v.shape[1])
+    # torch.compile is not to look into it.
+    if not torch.compiler.is_compiling() and fused.fits(
+        hh.v, operand_dtype(given), *given.shape[:2]
+    ):
+        ways.append("fused")
+    return tuple(ways)
 
 
 def choose(
@@ -82,6 +94,8 @@ def choose(
         raise OptionError(unknown("way", asked, WAYS))
     if asked in ways or len(ways) == 1:
         return asked if asked in ways else ways[0]
+    if "fused" in ways:
+        return "fused"  # the fastest wherever it is possible (docs/studies/recurrent.md)
     given = x.codes if isinstance(x, Encoded) else x
     if given.device.type == "cuda" and not torch.compiler.is_compiling():
         wrap = Encoded if isinstance(x, Encoded) else None
@@ -126,8 +140,7 @@ def measure(
     """
     training = torch.is_grad_enabled()
     widths = tuple((m.u.shape, None if m.v is None else m.v.shape) for m in matrices)
-    place = torch.cuda.get_device_name(x.device) if x.is_cuda else str(x.device)
-    key = (place, ways, tuple(x.shape), x.dtype, widths, training, torch.get_num_threads())
+    key = (x.device, ways, tuple(x.shape), x.dtype, widths, training, torch.get_num_threads())
     if key not in _measured:
         given = x.detach().requires_grad_(training)
         _measured[key] = {way: min(_seconds(way, given, run)) for way in ways}
