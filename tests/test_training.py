@@ -49,6 +49,7 @@ def small_images(monkeypatch, tmp_path):
         checksum="0123456789abcdef",
     )
     monkeypatch.setattr(data, "load", lambda name, **_: splits)
+    monkeypatch.setattr("rankwise.training.loop.LOOK_EVERY", 1)  # also on a GPU
     monkeypatch.chdir(tmp_path)
 
 
@@ -406,8 +407,17 @@ def test_the_clock_shows_the_old_step_time_until_the_new_structure_has_stepped()
     assert Clock(torch.device("cpu")).recent(20) is None
 
 
-@pytest.mark.parametrize("warmup_epochs", [1, 1.5])
-def test_what_is_shown_comes_in_the_order_in_which_it_happened(warmup_epochs):
+@pytest.mark.parametrize(
+    ("warmup_epochs", "batch_size", "expected"),
+    [
+        # The epoch that ends in the switch is validated after it, by the low-rank weights.
+        (1, 32, ["switch", 1, 2, 3]),
+        (1.5, 32, [1, "switch", 2, 3]),
+        # Several epochs end before enough steps are timed for the switch to be shown.
+        (1, 128, ["switch", 1, 2, 3]),
+    ],
+)
+def test_what_is_shown_comes_in_the_order_in_which_it_happened(warmup_epochs, batch_size, expected):
     shown = []
 
     class Watch(Silent):
@@ -419,9 +429,8 @@ def test_what_is_shown_comes_in_the_order_in_which_it_happened(warmup_epochs):
             shown.append(record["epoch"])
 
     options = {"ranks": 8, "warmup_epochs": warmup_epochs}
-    train(recipe(method_options=options, epochs=3), report=Watch())
-    # The epoch that ends in the switch is validated after it, by the low-rank weights.
-    assert shown == (["switch", 1, 2, 3] if warmup_epochs == 1 else [1, "switch", 2, 3])
+    train(recipe(method_options=options, epochs=3, batch_size=batch_size), report=Watch())
+    assert shown == expected
 
 
 def test_a_run_whose_weights_overflow_stops_before_they_are_saved():

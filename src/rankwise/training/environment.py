@@ -18,7 +18,10 @@ from rankwise import accounting
 def versions() -> dict[str, str]:
     """Of Python and of the packages that compute."""
     found = {"python": platform.python_version(), "rankwise": rankwise.__version__}
-    for name in ("torch", "numpy", "safetensors"):
+    found["torch"] = str(
+        torch.__version__
+    )  # with what it is built for, which its package may not say
+    for name in ("numpy", "safetensors"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -95,6 +95,10 @@ def train(
         return loop.finish(dense)
 
 
+# Reading a loss waits for the GPU, and agreeing costs a message: not at every step there.
+LOOK_EVERY = 10
+
+
 class Loop:
     """Epochs and steps over the training examples, from a position that can be saved."""
 
@@ -124,10 +128,9 @@ class Loop:
         self.switches: list[dict[str, Any]] = []
         self._unseen: list[Tensor] = []
         self._unshown: Switch | None = None
-        self._unshown_epoch: dict[str, Any] | None = None
-        # Reading a loss waits for the GPU, and agreeing costs a message: not at every step there.
-        alone = distributed.workers() == 1
-        self._look_every = 1 if alone and device.type == "cpu" else 10
+        self._unshown_epochs: list[dict[str, Any]] = []
+        at_once = device.type == "cpu" and distributed.workers() == 1
+        self._look_every = 1 if at_once else LOOK_EVERY
 
     def follow_schedule(self) -> None:
         """Give the optimizer the rates of the step that the run is at; a resumed run does, too."""
@@ -250,10 +253,8 @@ class Loop:
             self.follow_schedule()
         if (epoch + 1) % self.recipe.checkpoint_every == 0 or epoch + 1 == self.recipe.epochs:
             self._save()
-        if self._unshown is None:
-            self.journal.report.epoch(record)
-        else:  # it ended in a switch, which is shown first, when its step time is known
-            self._unshown_epoch = record
+        self._unshown_epochs.append(record)
+        self._show_switch()
 
     def evaluate(self, split: data.Examples) -> Score:
         """Loss and accuracy of the run's model; buffers are worker 0's."""
@@ -296,15 +297,15 @@ class Loop:
         )
 
     def _show_switch(self, *, now: bool = False) -> None:
-        """Show a switch once the new step time is known, a few steps later."""
-        if self._unshown is None or (len(self.clock.phases[-1]) < 5 and not now):
-            return
-        switch = dataclasses.replace(self._unshown, step_ms_after=self.clock.median(-1))
-        self._unshown = None
-        self.journal.report.switch(switch)
-        if self._unshown_epoch is not None:
-            self.journal.report.epoch(self._unshown_epoch)
-            self._unshown_epoch = None
+        """Show a switch once the new step time is known, a few steps later; epochs behind it."""
+        if self._unshown is not None:
+            if len(self.clock.phases[-1]) < 5 and not now:
+                return
+            switch = dataclasses.replace(self._unshown, step_ms_after=self.clock.median(-1))
+            self._unshown = None
+            self.journal.report.switch(switch)
+        while self._unshown_epochs:
+            self.journal.report.epoch(self._unshown_epochs.pop(0))
 
     def _save(self) -> None:
         if not all(bool(p.isfinite().all()) for p in self.run.bare.parameters()):
