@@ -257,6 +257,23 @@ def test_training_is_finite_in_every_dtype_and_keeps_it(case: Any, dtype: torch.
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
+def test_a_default_device_that_is_another_changes_nothing(case: Any) -> None:
+    """As under `torch.set_default_device("cuda")`; what is on `meta` cannot be computed with."""
+    batches = [batch(i) for i in range(STEPS)]
+    found = []
+    for device in ("cpu", "meta"):
+        model, optimizer = blocks(), sgd  # torch's AdamW counts its steps on the default device
+        with torch.device(device):
+            run = begin(case, model, optimizer)
+            for x, y in batches:
+                run.optimizer.zero_grad()
+                F.cross_entropy(run.model(x), y).backward()
+                run.optimizer.step()
+            run.finish()
+        found.append(model.state_dict())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_finish_keeps_the_function_and_leaves_no_machinery(case: Any) -> None:
     model = blocks()
     run = begin(case, model)

@@ -316,7 +316,9 @@ def compare_gradients(
         return
     named = list(named)
     agree("\n".join(name for name, _ in named), "the names of parameters")
-    mine = torch.tensor([_norm(gradient) for _, gradient in named], dtype=torch.float64)
+    mine = torch.tensor(
+        [_norm(gradient) for _, gradient in named], dtype=torch.float64, device="cpu"
+    )
     mine = mine.to(_device_for(mine))
     everyone = [torch.empty_like(mine) for _ in range(workers())]
     dist.all_gather(everyone, mine)
@@ -355,7 +357,7 @@ def mean(value: float) -> float:
     """The mean of a number over workers."""
     if workers() == 1:
         return value
-    total = torch.tensor(value, dtype=torch.float64)
+    total = torch.tensor(value, dtype=torch.float64, device="cpu")
     total = total.to(_device_for(total))
     dist.all_reduce(total)
     return float(total) / workers()

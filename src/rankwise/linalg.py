@@ -242,7 +242,7 @@ def starting_vectors(weight: Tensor, seed: int = 0, columns: int | None = None) 
     """
     rows, size = weight.shape[-2:]
     count = min(POWER_BLOCK, rows, size) if columns is None else columns
-    drawn = torch.randn(size, count, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randn(size, count, generator=torch.Generator().manual_seed(seed), device="cpu")
     return drawn.to(weight.device, working_dtype(weight.dtype))
 
 

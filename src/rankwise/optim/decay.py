@@ -272,7 +272,7 @@ def _rest(moved: Iterable[Parameter], products: Iterable[Product]) -> list[Part]
     Beside "qk" alone the packed values; after a switch whatever else was cut from a packed weight,
     and dense projections whose counterpart became low-rank.
     """
-    used = {p: torch.zeros(len(p), dtype=torch.bool) for p in moved}
+    used = {p: torch.zeros(len(p), dtype=torch.bool, device="cpu") for p in moved}
     for part in (part for product in products for part in product.parts):
         if part.parameter in used:
             part.of(used[part.parameter]).fill_(True)

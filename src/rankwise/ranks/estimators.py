@@ -165,7 +165,7 @@ def vbmf_rank(
     if noise_variance is None:
         variance = vbmf_noise_variance(values, rows, columns)
     elif noise_variance > 0 and math.isfinite(noise_variance):
-        variance = torch.full(values.shape[:-1], noise_variance, dtype=torch.float64)
+        variance = values.new_full(values.shape[:-1], noise_variance, dtype=torch.float64)
     else:
         raise OptionError(f"noise_variance={noise_variance!r} must be above 0; None estimates it")
     threshold = variance.to(values.device) * long * _detectable(_aspect(rows, columns))
@@ -189,7 +189,7 @@ def vbmf_noise_variance(values: Tensor, rows: int, columns: int) -> Tensor:
     long = _check_all(values, rows, columns)
     flat = values.detach().double().cpu().reshape(-1, values.shape[-1])
     found = [_noise_variance(each, long, _aspect(rows, columns)) for each in flat]
-    return torch.tensor(found, dtype=torch.float64).reshape(values.shape[:-1])
+    return flat.new_tensor(found).reshape(values.shape[:-1])
 
 
 def _noise_variance(values: Tensor, long: int, aspect: float) -> float:
@@ -211,7 +211,7 @@ def _noise_variance(values: Tensor, long: int, aspect: float) -> float:
     points = min(max(256, 2 * short), 2048)
     best = low
     for _ in range(6):
-        grid = torch.linspace(low, high, points, dtype=torch.float64)
+        grid = torch.linspace(low, high, points, dtype=torch.float64, device=squares.device)
         best = float(grid[_free_energy(squares, grid.exp(), long, aspect).argmin()])
         width = (high - low) / (points - 1)
         low, high, points = max(low, best - width), min(high, best + width), 32

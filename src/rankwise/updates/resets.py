@@ -24,5 +24,5 @@ def kept_moments(
         generator: of the random mask.
     """
     if reset == "random":
-        return torch.rand(parameter.shape, generator=generator) >= fraction
+        return torch.rand(parameter.shape, generator=generator, device="cpu") >= fraction
     return {"full": 0.0, "none": 1.0, "magnitude": 1 - fraction}[reset]

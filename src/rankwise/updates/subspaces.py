@@ -176,7 +176,7 @@ class HeadBases:
         self._find(model)
         for basis in self.all:
             generator = self.context.generator(0, basis.name)
-            drawn = torch.randn(basis.columns().shape, generator=generator)
+            drawn = torch.randn(basis.columns().shape, generator=generator, device="cpu")
             wide = drawn.to(basis.parameter.device, working_dtype(basis.parameter.dtype))
             basis.set_columns(orthonormal(wide))
             basis.learning.zero_()

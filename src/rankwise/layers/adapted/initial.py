@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,10 +33,11 @@ def draw_update(head: LowRankLayer, draw: str, generator: torch.Generator) -> No
     """
     if draw not in DRAWS:
         raise OptionError(unknown("init", draw, DRAWS))
+    source: Any = {"generator": generator, "device": "cpu"}
     if head.core is not None:
         nn.init.zeros_(head.core.weight)
         for weight in (head.v.weight, head.u.weight):
-            weight.copy_(_as(torch.randn(weight.shape, generator=generator) * _STD, weight))
+            weight.copy_(_as(torch.randn(weight.shape, **source) * _STD, weight))
         if getattr(head.u, "padding_idx", None) is not None:  # that token has no update
             head.u.weight[head.u.padding_idx] = 0
         return
@@ -42,13 +45,13 @@ def draw_update(head: LowRankLayer, draw: str, generator: torch.Generator) -> No
     v = head.to_factor("v", head.v.weight)  # (R, N), or (B, R, N)
     rank, columns = v.shape[-2:]
     if draw == "orthogonal":
-        drawn = torch.randn(*v.shape[:-2], columns, rank, generator=generator)
+        drawn = torch.randn(*v.shape[:-2], columns, rank, **source)
         new = torch.linalg.qr(drawn)[0].mT * (columns / rank) ** 0.5
     elif draw == "normal" or isinstance(head, LowRankEmbedding):
         std = 1.0 if draw == "kaiming" else columns**-0.5
-        new = torch.randn(v.shape, generator=generator) * std
+        new = torch.randn(v.shape, **source) * std
     else:
-        new = (torch.rand(v.shape, generator=generator) * 2 - 1) * columns**-0.5
+        new = (torch.rand(v.shape, **source) * 2 - 1) * columns**-0.5
     head.v.weight.copy_(head.from_factor("v", _as(new, head.v.weight)))
 
 

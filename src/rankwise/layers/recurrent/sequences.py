@@ -38,10 +38,10 @@ class Layout:
             return cls(batched=x.dim() == 3, batch_first=batch_first)
         device, sizes = x.data.device, x.batch_sizes
         batch = int(sizes[0])
-        valid = torch.arange(batch)[None] < sizes[:, None]  # (T, B)
-        lengths, steps = valid.sum(0), torch.arange(len(sizes))[:, None]
+        valid = torch.arange(batch, device="cpu")[None] < sizes[:, None]  # (T, B)
+        lengths, steps = valid.sum(0), torch.arange(len(sizes), device="cpu")[:, None]
         turned = torch.where(valid, lengths[None] - 1 - steps, steps)
-        mirror = (turned * batch + torch.arange(batch)[None]).flatten().to(device)
+        mirror = (turned * batch + torch.arange(batch, device="cpu")[None]).flatten().to(device)
         index = valid.flatten().nonzero()[:, 0].to(device)
         return cls(True, batch_first, x, tuple(sizes.tolist()), index, mirror)
 

@@ -66,13 +66,14 @@ def mixes_rows(optimizer: Optimizer) -> bool:
 
     Tried on a toy; an optimizer that cannot be built for it is taken to be fit.
     """
-    whole = _stepped(optimizer, torch.zeros(6, 4), 1)
-    halves = _stepped(optimizer, torch.zeros(6, 4), 2)
+    start = torch.zeros(6, 4, device="cpu")
+    whole, halves = (_stepped(optimizer, start, parts) for parts in (1, 2))
     return not (whole is None or halves is None or torch.allclose(whole, halves, rtol=1e-4))
 
 
 def _tried(optimizer: Optimizer) -> tuple[Tensor, Tensor] | None:
-    value = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    value = torch.randn(6, 4, generator=generator, device="cpu")
     moved = [_stepped(optimizer, start, 1) for start in (torch.zeros_like(value), value)]
     return None if moved[0] is None or moved[1] is None else (moved[0], moved[1])
 
@@ -85,7 +86,7 @@ def _stepped(optimizer: Optimizer, start: Tensor, parts: int) -> Tensor | None:
     # Rates may be zero at the start of a warm-up, and tensors that captured graphs hold.
     options |= {k: v for k, v in (("lr", 0.01), ("weight_decay", 0.0)) if k in taken}
     generator = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(start.shape, generator=generator) for _ in range(3)]
+    gradients = [torch.randn(start.shape, generator=generator, device="cpu") for _ in range(3)]
     held = [Parameter(part.clone()) for part in start.chunk(parts)]
     try:
         toy = type(optimizer)(held, **options)

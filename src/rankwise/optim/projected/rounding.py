@@ -26,7 +26,9 @@ def stochastic_(target: Tensor, exact: Tensor, generator: torch.Generator) -> No
         generator: source of the random bits, on the CPU.
     """
     bits = _BITS[target.dtype]
-    noise = torch.randint(0, 1 << bits, exact.shape, dtype=torch.int32, generator=generator)
+    noise = torch.randint(
+        0, 1 << bits, exact.shape, dtype=torch.int32, generator=generator, device="cpu"
+    )
     # Adding noise below the last bit that is kept, then cutting off, carries with the probability
     # of what is cut. Infinities and NaN must not carry into another number.
     finite = exact.isfinite()

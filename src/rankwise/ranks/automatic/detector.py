@@ -96,9 +96,10 @@ class Detector(ABC):
     def state_dict(self) -> dict[str, Any]:
         """All that was observed and concluded: tensors, numbers and names."""
         return {
-            "times": torch.tensor(self.times, dtype=torch.float64),
+            "times": torch.tensor(self.times, dtype=torch.float64, device="cpu"),
             "history": {
-                name: torch.tensor(seen, dtype=torch.float64) for name, seen in self.history.items()
+                name: torch.tensor(seen, dtype=torch.float64, device="cpu")
+                for name, seen in self.history.items()
             },
             "settled": dict(self.settled),
             "due": self._due,
