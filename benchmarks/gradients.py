@@ -1,7 +1,8 @@
 """Time of an optimizer step on low-rank gradients, on the matrices of LLaMA-60M and 130M.
 
     pip install --no-deps galore-torch==1.0 apollo-torch==1.0.3
-    python benchmarks/gradients.py [--models llama-60m llama-130m] [--threads 1 2] [--json FILE]
+    python benchmarks/gradients.py [--models llama-60m llama-130m] [--threads 1 2]
+                                   [--device cuda] [--json FILE]
 
 The gradients are given; timed is everything that is done with them: projection, the optimizer's
 step, the way back into the weights. Each round times every side once, in turn. Beside the sides
@@ -47,7 +48,15 @@ RESULTS = Path(__file__).parent / "results"
 RANKS = {"llama-60m": 128, "llama-130m": 256, "llama-tiny": 32}
 PERIOD = 200
 TOKENS = 2_048
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def when_done() -> float:
+    """The time when the GPU has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time, "gpu": when_done}
 
 
 class Matrices(nn.Module):
@@ -297,9 +306,10 @@ def refreshes(
 
 def forward_backward(model: nn.Module, name: str, timer: Timer, count: int) -> float:
     length = models.MODELS[name].input_shape[0]
-    tokens = torch.randint(
-        0, 256, (max(1, TOKENS // length), length + 1), generator=torch.Generator().manual_seed(0)
-    )
+    device = next(model.parameters()).device
+    source = torch.Generator(device).manual_seed(0)
+    shape = (max(1, TOKENS // length), length + 1)
+    tokens = torch.randint(0, 256, shape, generator=source, device=device)
 
     def run() -> None:
         scores = model(tokens[:, :-1]).flatten(0, 1)
@@ -440,7 +450,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15, help="rounds, at least 5")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="of a processor")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, help="record; benchmarks/results/... by default")
     parser.add_argument("--refreshes-alone", action="store_true", help="nothing but refreshes")
     parser.add_argument("--shares-alone", action="store_true", help="nothing but whole steps")
@@ -452,6 +463,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--threads {min(options.threads)}: at least 1")
     if options.clock == "cpu" and options.threads != [1]:
         parser.error("--clock cpu adds up the threads' times; use it with --threads 1")
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch sees no GPU here")
+        options.clock, options.threads = "gpu", options.threads[:1]
     options.sequence, options.refreshes = PERIOD, 5
     if options.smoke:
         options.models, options.repeats, options.sequence, options.refreshes = (
@@ -465,12 +480,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
+    torch.set_default_device(options.device)
     now = datetime.now(UTC)
     record = {
         "date": now.isoformat(timespec="seconds"),
         "commit": environment.commit(),
         "versions": environment.versions(),
-        "hardware": environment.hardware(torch.device("cpu"), 1),
+        "hardware": environment.hardware(torch.device(options.device), 1),
         "clock": options.clock,
         "tokens": TOKENS,
         "period": PERIOD,
