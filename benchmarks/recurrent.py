@@ -70,7 +70,7 @@ CASES = {
     for hidden, (batch, steps) in SIZES.items()
     for case in [Case(kind, hidden, batch, steps, GOALS.get(f"{kind}-{hidden}", ()))]
 }
-SIDES = ("torch", "low-rank", "recompute", "script", "loop", "product", "fused")
+SIDES = ("torch", "low-rank", "recompute", "script", "loop", "compiled", "product", "fused")
 USUAL = SIDES[:4]
 ON_GPU = ("torch", "low-rank", "product", "fused")
 
@@ -138,7 +138,7 @@ def side(name: str, case: Case, rank: int) -> Any:
     )
     if name == "torch":
         return low.to_dense()
-    if name in ("loop", "product", "fused"):
+    if name in ("loop", "compiled", "product", "fused"):
         low.way = name
     if name == "script":
         with warnings.catch_warnings():

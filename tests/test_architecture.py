@@ -14,10 +14,10 @@ SOURCE = ROOT / "src" / "rankwise"
 
 # A module may import from its own layer and from those before it.
 LAYERS = (
-    ("errors", "options", "storage"),
+    ("errors", "options", "storage", "cache_home"),
     ("images",),
     ("models", "data", "accounting", "reports"),
-    ("method", "linalg", "onednn", "handle", "distributed", "sharding"),
+    ("method", "linalg", "onednn", "cpp", "handle", "distributed", "sharding"),
     ("layers",),
     (
         "candidates",

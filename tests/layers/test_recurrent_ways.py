@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from rankwise.errors import OptionError
 from rankwise.layers import LowRankGRU, LowRankLSTM
-from rankwise.layers.recurrent import kept, ways
+from rankwise.layers.recurrent import kept, lstm_steps, ways
 from rankwise.layers.recurrent.matrices import read
 from rankwise.layers.recurrent.sequences import Layout
 
@@ -47,7 +47,7 @@ def test_all_ways_are_one_function(ih: int | None, bias: bool, steps: int) -> No
     hx = (noise(3, B, H, seed=1), noise(3, B, H, seed=2))
     layer.way = "loop"
     expected = results(layer, x, hx)
-    for way in ("product", "projected", "auto"):
+    for way in ("compiled", "product", "projected", "auto"):
         layer.way = way
         assert_close(results(layer, x, hx), expected, rtol=1e-9, atol=1e-11)
 
@@ -67,7 +67,8 @@ def taken(layer: Any, x: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str
 
 
 def test_where_a_projection_can_stand_for_the_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    every, two = ("loop", "product", "projected"), ("loop", "product")
+    loops = ways.LOOPS if lstm_steps.library() else ("loop",)
+    every, two = (*loops, "product", "projected"), (*loops, "product")
     x = noise(T, B, I)
     # Not the last layer, whose hidden states are the output.
     assert taken(lstm(2, 4), x, monkeypatch) == [every, two]
@@ -77,7 +78,7 @@ def test_where_a_projection_can_stand_for_the_factors(monkeypatch: pytest.Monkey
     assert taken(lstm(2, 4, dropout=0.5), x, monkeypatch) == [two, two]
     assert taken(lstm(2, 4, dropout=0.5).eval(), x, monkeypatch) == [every, two]
     assert taken(lstm(2, 4, bidirectional=True), x, monkeypatch) == [two] * 4
-    assert taken(lstm(2, 3, per_gate=True), x, monkeypatch) == [two, two]
+    assert taken(lstm(2, 3, per_gate=True), x, monkeypatch) == [("loop", "product")] * 2
     assert taken(lstm(2, 4), pack_sequence([x[:, 0], x[:2, 1]]), monkeypatch) == [two, two]
     assert taken(lstm(2, 4, proj_size=5), x, monkeypatch) == [two, two]
     assert taken(lstm(1, (4, None)), x, monkeypatch) == [("product",)]
@@ -85,13 +86,16 @@ def test_where_a_projection_can_stand_for_the_factors(monkeypatch: pytest.Monkey
 
 def test_who_asks_to_recompute_gets_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = lstm(1, 4)
-    asked: list[str] = []
+    asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(
-        "rankwise.layers.recurrent.base.choose", lambda way, *_: asked.append(way) or "loop"
+        "rankwise.layers.recurrent.base.choose", lambda _, ways, *__: asked.append(ways) or ways[0]
     )
     for layer.recompute in (False, True):
         layer(noise(T, B, I))
-    assert asked == ["auto", "loop"]
+    layer.way = "product"
+    layer(noise(T, B, I))
+    loops = ways.LOOPS if lstm_steps.library() else ("loop",)
+    assert asked == [(*loops, "product"), loops, (*loops, "product")]
 
 
 def test_an_unknown_way_is_refused() -> None:

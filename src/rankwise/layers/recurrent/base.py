@@ -23,7 +23,7 @@ from rankwise.layers.recurrent.arguments import check_input, first_states
 from rankwise.layers.recurrent.matrices import Encoded, Matrix, read
 from rankwise.layers.recurrent.native import whole_stack
 from rankwise.layers.recurrent.sequences import Layout
-from rankwise.layers.recurrent.ways import choose, possible
+from rankwise.layers.recurrent.ways import LOOPS, choose, possible
 
 Rank = int | None
 Ranks = Rank | tuple[Rank, ...] | list[Any]
@@ -333,9 +333,10 @@ class OpenRecurrent(nn.Module, ABC):
             return self._run(given, states, matrices, layout, reverse, way, ahead)
 
         ways = possible(self.kind, matrices, ahead, layout, x)
-        # Only the loop can make gates again: who asks for memory is not given speed.
-        asked = "loop" if self.recompute and self.way == "auto" else self.way
-        return run(choose(asked, ways, x, matrices, layout, run))
+        if self.recompute and self.way == "auto":
+            # Only a loop can make gates again: who asks for memory is not given speed.
+            ways = tuple(way for way in ways if way in LOOPS) or ways
+        return run(choose(self.way, ways, x, matrices, layout, run))
 
     def _all_native(
         self, x: Tensor, states: tuple[Tensor, ...], layout: Layout

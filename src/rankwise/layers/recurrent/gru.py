@@ -110,7 +110,7 @@ class LowRankGRU(OpenRecurrent):
 
         where = {"reverse": reverse and not turned}
         if hh.is_kept:
-            ready = for_loop(matrices, zx, lambda: gru_loop.prepare(zx, *factors()))
+            ready = for_loop(matrices, zx, way, lambda: gru_loop.prepare(zx, *factors()))
             y = gru_loop.infer(zx, ready, q0, h0, **where)
         else:
             hh.let_go()

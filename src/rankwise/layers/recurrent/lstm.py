@@ -110,11 +110,14 @@ class LowRankLSTM(OpenRecurrent):
 
         where = {"reverse": reverse and not turned, "batch_sizes": layout.batch_sizes}
         if hh.is_kept:
-            ready = for_loop(matrices, zx, lambda: lstm_loop.prepare(zx, *factors()))
+            ready = for_loop(
+                matrices, zx, way, lambda: lstm_loop.prepare(zx, *factors(), way == "compiled")
+            )
             y, c = lstm_loop.infer(zx, ready, z0, c0, **where)
         else:
             hh.let_go()
-            y, c = lstm_loop.run(zx, *factors(), z0, c0, recompute=self.recompute, **where)
+            how = {"recompute": self.recompute, "compiled": way == "compiled"}
+            y, c = lstm_loop.run(zx, *factors(), z0, c0, **how, **where)
         if projection:
             y = F.linear(projection[0].encode(y), projection[0].u)
         y = layout.turn(y) if turned else y

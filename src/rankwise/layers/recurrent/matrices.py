@@ -134,12 +134,13 @@ def read(child: Any, gates: int, name: str = "") -> Matrix:
     return Matrix(u.flatten(0, 1), v, bias, gates, child)
 
 
-def for_loop(matrices: Sequence[Matrix], zx: Tensor, make: Callable[[], Made]) -> Made:
+def for_loop(matrices: Sequence[Matrix], zx: Tensor, way: str, make: Callable[[], Made]) -> Made:
     """What a loop makes of the matrices of a layer in one direction, as an earlier call did.
 
     Args:
         matrices: the input's, the recurrent one's, the projection's if there is one.
         zx: (T, B, K), what it will run over.
+        way: the loop is run, see `recurrent.ways`.
         make: makes it for that.
     """
     owners = [matrix.owner for matrix in matrices]
@@ -147,7 +148,7 @@ def for_loop(matrices: Sequence[Matrix], zx: Tensor, make: Callable[[], Made]) -
     assert home is not None
     weights = [p for owner in owners if owner is not None for p in owner.parameters()]
     # Prepared for so many rows; longer sequences than a chunk are run in chunks.
-    return kept(home, weights, make, "loop", zx.dtype, zx.shape[1:], min(len(zx), ROWS))
+    return kept(home, weights, make, way, zx.dtype, zx.shape[1:], min(len(zx), ROWS))
 
 
 def bias_of(ih: Matrix, hh: Matrix) -> Tensor:

@@ -1,6 +1,7 @@
 """The ways a layer with a low-rank recurrence can be run, and which of them is taken.
 
-`loop`: our loop over time on the factors. `product`: torch's kernel on W_hh = U V, formed at each
+`loop`: our loop over time on the factors. `compiled`: the LSTM's with its steps in C++, where a
+compiler is at hand (`rankwise.cpp`). `product`: torch's kernel on W_hh = U V, formed at each
 call with gradients and else once (`kept`); its inputs are codes. `projected`: torch's LSTM with a
 projection, which is the same function: h enters the next step through V h alone, so V stands for
 the projection and U for the recurrent matrix. With the next layer's V below (and zeros in U) it
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import OptionError, unknown
-from rankwise.layers.recurrent import fused
+from rankwise.layers.recurrent import fused, lstm_steps
 from rankwise.layers.recurrent.codes import operand_dtype
 from rankwise.layers.recurrent.matrices import Encoded, Matrix
 from rankwise.layers.recurrent.sequences import Layout
 
-WAYS = ("auto", "loop", "product", "projected", "fused")
+WAYS = ("auto", "loop", "compiled", "product", "projected", "fused")
+LOOPS = ("loop", "compiled")  # these can make gates again for backward
 # In multiplications and additions, as measured on an AMD EPYC (docs/studies/recurrent.md):
 CALLS = 7.5e6  # what the calls of one step cost, more than one call of torch's kernel for all
 PACKING = 30  # what it costs to copy and reorder one number of the factors, at each call
@@ -55,7 +57,8 @@ def possible(
     # torch.export has no place for our loop; there the product is part of the graph.
     if hh.v is None or torch.compiler.is_exporting():
         return ("product",)
-    ways = ["loop", "product"]
+    compiled = kind == "lstm" and lstm_steps.serves(matrices)
+    ways = [*(LOOPS if compiled else LOOPS[:1]), "product"]
     if hh.apart or len(matrices) > 2 or layout.packed is not None:
         return tuple(ways)
     # torch wants a projection that is smaller than the hidden state.
@@ -101,9 +104,32 @@ def choose(
         wrap = Encoded if isinstance(x, Encoded) else None
         seconds = measure(ways, given, matrices, lambda way, y: run(way, wrap(y) if wrap else y))
         return min(seconds, key=lambda way: seconds[way])
-    return (
-        "product" if given.device.type == "cuda" or loop_loses(given, matrices, layout) else "loop"
-    )
+    if "compiled" in ways and compiled_wins(given, matrices, layout):
+        return "compiled"
+    loses = given.device.type == "cuda" or loop_loses(given, matrices, layout)
+    return "product" if loses and "product" in ways else "loop"
+
+
+def compiled_wins(x: Tensor, matrices: Sequence[Matrix], layout: Layout) -> bool:
+    """Whether the compiled steps are expected to be the fastest on a CPU. A rule, as `loop_loses`.
+
+    They save the calls of a step, but run on one thread, while products of the others gain from
+    more, if less than by their number.
+    """
+    (ih, hh), threads = matrices[:2], _threads()
+    if hh.v is None or x.dtype != torch.float32:
+        return False  # exponentials of float64 are not vectors there
+    rows, hidden = max(x.shape[1], FEW), hh.v.shape[1]
+    work = 2 * rows * (ih.u.numel() + hh.u.numel() + hh.v.numel())
+    others = [work / threads**0.75 + CALLS * threads**1.5]
+    if len(matrices) == 2 and layout.packed is None:
+        dense = 2 * rows * (ih.u.numel() + hh.gates * hidden * hidden)
+        others.append(dense / threads**0.75)
+    return work < min(others)
+
+
+def _threads() -> int:
+    return _THREADS if torch.compiler.is_compiling() else torch.get_num_threads()
 
 
 def loop_loses(x: Tensor, matrices: Sequence[Matrix], layout: Layout) -> bool:
@@ -122,8 +148,7 @@ def loop_loses(x: Tensor, matrices: Sequence[Matrix], layout: Layout) -> bool:
     factors = hh.u.numel() + hh.v.numel()
     saved = 2 * max(batch, FEW) * (hh.gates * hidden * hidden - factors)
     forming = 0 if hh.is_kept else 4 * hh.u.numel() * hidden
-    threads = _THREADS if torch.compiler.is_compiling() else torch.get_num_threads()
-    calls = CALLS * threads ** (2 if hh.is_kept else 1.5)
+    calls = CALLS * _threads() ** (2 if hh.is_kept else 1.5)
     packing = 0 if hh.is_kept else PACKING * (factors + matrices[0].u.numel())
     return steps * saved + forming < steps * calls + packing
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rankwise.cache_home import cache_home
 from rankwise.errors import PlanError
 from rankwise.ranks import entries
 from rankwise.ranks.gains.stopwatch import Times
@@ -21,10 +21,7 @@ FORMAT = "rankwise gain cache 2"
 
 def default_place() -> Path:
     """gains.json under $XDG_CACHE_HOME/rankwise, or ~/.cache/rankwise."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    # The standard has relative paths ignored.
-    root = Path(given) if given and Path(given).is_absolute() else Path.home() / ".cache"
-    return root / "rankwise" / "gains.json"
+    return cache_home() / "gains.json"
 
 
 class GainCache:

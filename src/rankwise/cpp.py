@@ -1,0 +1,99 @@
+"""C++ sources of this package, compiled on this machine when they are first needed.
+
+They are plain C++ without torch's headers, so a compile takes a second, and it is kept on the disk
+under $XDG_CACHE_HOME/rankwise or ~/.cache/rankwise, for each source and kind of processor. Whoever
+needs one has another way to do the same: without a compiler (`$CXX`, else c++, g++ or clang++)
+there is none, and neither with `RANKWISE_CPP=0` in the environment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from rankwise.cache_home import cache_home
+
+logger = logging.getLogger(__name__)
+
+# By what torch itself runs on here. Not -march=native: a home may be shared by other processors.
+FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
+PATIENCE = 20.0  # seconds
+
+
+def load(source: Path) -> ctypes.CDLL | None:
+    """The compiled source; None where it cannot be compiled, which costs a warning if one tried."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if os.environ.get("RANKWISE_CPP") == "0" or capability not in FLAGS:
+        return None
+    return _load(source, capability)
+
+
+@cache
+def _load(source: Path, capability: str) -> ctypes.CDLL | None:
+    options = (*OPTIONS, *FLAGS[capability])
+    key = hashlib.sha256(source.read_bytes() + " ".join(options).encode()).hexdigest()[:16]
+    name = f"{source.stem}-{key}.so"
+    try:
+        kept = _directory() / name
+        if kept.is_file():
+            return ctypes.CDLL(str(kept))
+        compiler = _compiler()
+        return None if compiler is None else _compile(compiler, options, source, kept)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        logger.warning(
+            "%s could not be compiled and is done without, more slowly (RANKWISE_CPP=0 does not "
+            "try): %s",
+            source.name,
+            said.strip()[:500],
+        )
+        return None
+
+
+def _compile(compiler: str, options: tuple[str, ...], source: Path, kept: Path) -> ctypes.CDLL:
+    """Compile beside the place and move there in one step: others may be doing the same."""
+    with tempfile.TemporaryDirectory(dir=kept.parent) as place:
+        made = Path(place) / kept.name
+        command = [compiler, *options, "-o", str(made), str(source)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+        library = ctypes.CDLL(str(made))  # loads before it is kept
+        made.replace(kept)
+    return library
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    return next(
+        filter(None, map(shutil.which, (named,) if named else ("c++", "g++", "clang++"))), None
+    )
+
+
+def _directory() -> Path:
+    """Where libraries are kept; a passing one where the home cannot be written."""
+    try:
+        place = cache_home()
+        place.mkdir(parents=True, exist_ok=True)
+        if os.access(place, os.W_OK):
+            return place
+    except (OSError, RuntimeError):  # the second where there is no home
+        pass
+    return Path(_passing_directory().name)
+
+
+@cache
+def _passing_directory() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="rankwise-", ignore_cleanup_errors=True)

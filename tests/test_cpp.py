@@ -1,0 +1,77 @@
+"""C++ sources are compiled once and kept; without a compiler there is none, and no noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankwise import cpp
+
+needs_compiler = pytest.mark.skipif(
+    cpp._compiler() is None or torch.backends.cpu.get_cpu_capability() not in cpp.FLAGS,
+    reason="no compiler is at hand",
+)
+
+SOURCE = 'extern "C" int seven() { return 7; }\n'
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("RANKWISE_CPP", raising=False)
+    cpp._load.cache_clear()
+    return tmp_path
+
+
+@needs_compiler
+def test_compiled_once_and_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = place / "seven.cpp"
+    source.write_text(SOURCE)
+    library = cpp.load(source)
+    assert library is not None
+    assert library.seven() == 7
+    assert [p.suffix for p in (place / "cache" / "rankwise").iterdir()] == [".so"]
+    cpp._load.cache_clear()  # as another process
+    monkeypatch.setattr(cpp, "_compiler", lambda: None)
+    assert cpp.load(source) is not None
+    monkeypatch.setenv("RANKWISE_CPP", "0")
+    assert cpp.load(source) is None
+    monkeypatch.delenv("RANKWISE_CPP")
+    source.write_text(SOURCE.replace("7", "8"))
+    cpp._load.cache_clear()
+    assert cpp.load(source) is None  # not what was compiled
+
+
+@needs_compiler
+def test_a_home_that_cannot_be_written(place: Path) -> None:
+    (place / "cache").write_text("a file where a directory is wanted")
+    source = place / "seven.cpp"
+    source.write_text(SOURCE)
+    assert cpp.load(source) is not None
+
+
+def test_absent_and_failing_compilers(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    source = place / "seven.cpp"
+    source.write_text(SOURCE)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert cpp.load(source) is None
+    assert not caplog.records  # silently
+    failing = place / "failing"
+    failing.write_text("#!/bin/sh\necho it will not do >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    for _ in range(2):
+        cpp.load(source)
+    assert not caplog.records  # looked for once
+    cpp._load.cache_clear()
+    for _ in range(2):
+        assert cpp.load(source) is None
+    (record,) = caplog.records
+    assert "seven.cpp could not be compiled" in record.message
+    assert "it will not do" in record.message
+    assert "RANKWISE_CPP=0" in record.message
