@@ -3,7 +3,8 @@
 On x86 processors oneDNN multiplies float32 up to 2.5 times as fast (AMD EPYC with AVX-512: 230-260
 against 85-110 GFLOP/s from 20 rows on); nn.LSTM runs on it. torch offers it by the operators that
 its compiler calls. Where they are missing, or the product is so small that their overhead counts,
-`mm` is taken. Precision is that of the tensors in both cases. No gradient flows through.
+`mm` is taken, and where a gradient is to flow through: oneDNN's product has none. Precision is that
+of the tensors in both cases.
 """
 
 from __future__ import annotations
@@ -45,12 +46,17 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x (M, K) times W (N, K) transposed, once; either may be a transposed view."""
-    if by_onednn(weight, len(x)):
+def _differentiated(*tensors: Tensor) -> bool:
+    """Whether autograd records, as in a backward that is to be differentiated again."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (M, K) times W (N, K) transposed, once, plus b (N); x and W may be transposed views."""
+    if by_onednn(weight, len(x)) and not _differentiated(x, weight):
         x, weight = _dense(x), _dense(weight)
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
-    return torch.mm(x, weight.t())
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -64,7 +70,8 @@ def add_product_(
     """target <- beta target + alpha A B, in place, as `Tensor.addmm_`; all of one dtype."""
     rows, columns = target.shape
     # In less than float32 addmm rounds once, a product and a sum would round twice.
-    if target.dtype != torch.float32 or not by_onednn(b, rows):
+    once = target.dtype != torch.float32 or _differentiated(target, a, b)
+    if once or not by_onednn(b, rows):
         target.addmm_(a, b, beta=beta, alpha=alpha)
         return
     if beta == 0.0:

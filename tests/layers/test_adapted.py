@@ -276,6 +276,49 @@ def test_products_by_onednn_are_those_by_mm(rows, heads, monkeypatch):
             assert_close(mine.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("heads", [(), (2,)])
+@pytest.mark.parametrize("rows", [6, 200])
+def test_the_gradient_of_a_gradient_by_onednn_is_that_of_float64(rows, heads, monkeypatch):
+    """As of a gradient penalty; oneDNN's products have no gradient, and said nothing of it."""
+    monkeypatch.setattr(onednn, "WORTH", 0.0)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, 33), (40, 33), (40,), (*heads, 40, 5), (*heads, 5, 33))
+    drawn = [torch.randn(*shape, generator=generator) for shape in shapes]
+
+    def penalty(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        x, weight, bias, u, v = (t.to(dtype).requires_grad_() for t in drawn)
+        y = adapted_linear(x, weight, bias, u, v, scale=2.0)
+        (of_x,) = torch.autograd.grad(y.square().mean(), x, create_graph=True)
+        return torch.autograd.grad(of_x.square().sum(), [x, u, v])
+
+    for mine, wanted in zip(penalty(torch.float32), penalty(torch.float64), strict=True):
+        assert_close(mine.double(), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("heads", [(), (3,)])
+@pytest.mark.parametrize("rows", [6, 201])
+def test_what_is_merged_already_is_less_and_does_not_learn(rows, heads):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    x, weight, bias = draw(rows, 33), draw(40, 33), draw(40)
+    u, v, u0, v0 = (draw(*heads, *shape) for _ in range(2) for shape in ((40, 5), (5, 33)))
+    y = adapted_linear(x, weight, bias, u, v, 0.5, less=(u0.detach(), v0.detach()))
+    update = 0.5 * (u @ v - (u0 @ v0).detach())
+    parts = x.reshape(*heads, -1, 33) @ (weight + update).mT
+    wanted = parts.reshape(rows, 40) + bias
+    assert_close(y, wanted)
+    grad, learned = draw(rows, 40), (x, bias, u, v)
+    for mine, right in zip(
+        torch.autograd.grad(y, learned, grad),
+        torch.autograd.grad(wanted, learned, grad),
+        strict=True,
+    ):
+        assert_close(mine, right)
+
+
 # Dynamo's own warning.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_an_adapted_map_compiles_as_a_whole(monkeypatch):

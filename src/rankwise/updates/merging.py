@@ -40,8 +40,9 @@ def merge_(
             continue
         written.add(weight)
         update = layer.open_update() if update_of is None else update_of(name)
-        exact = update.add_(weight)
         if rounding == "stochastic" and weight.dtype in _HALF:
-            stochastic_(weight, exact.float(), generator)
+            stochastic_(weight, update.add_(weight).float(), generator)
+        elif weight.dtype == update.dtype:
+            weight.add_(update)
         else:
-            weight.copy_(exact)
+            weight.copy_(update.add_(weight))

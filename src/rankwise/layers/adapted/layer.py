@@ -6,7 +6,7 @@ M, N: the weight as a matrix, R: rank, H: heads. The layer stands for W + s / H 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -147,25 +147,22 @@ class AdaptedLayer(nn.Module):
             return self.base(x)
         if self.chunks is None or not self.training:
             return self._with_heads(x, range(len(self.heads)), self.gain)
-        sizes, dim, total = self.chunks.sizes(x), self.chunks.dim, len(self.heads)
+        sizes, dim = self.chunks.sizes(x), self.chunks.dim
         if len(set(sizes)) == 1 and dim == 0 and self._plain():
-            gain = self.gain * (total if self.own_mean else 1.0)
-            return adapted_linear(x, *self._dense(), *self._stacked(), self.scale, gain)
-        rows = sum(sizes)
-        parts = [
-            self._with_heads(
-                part, [n], self.gain * (rows / part.shape[dim] if self.own_mean else 1.0)
-            )
-            for n, part in enumerate(torch.split(x, sizes, dim))
-        ]
-        return torch.cat(parts, dim)
+            gain = self.gain * (len(sizes) if self.own_mean else 1.0)
+            u, v, less = self._factors(range(len(sizes)), stacked=True)
+            return adapted_linear(x, *self._dense(), u, v, self.scale, gain, less=less)
+        parts = torch.split(x, sizes, dim)
+        gains = [self.gain * (sum(sizes) / rows if self.own_mean else 1.0) for rows in sizes]
+        each = (self._with_heads(part, [n], gains[n]) for n, part in enumerate(parts))
+        return torch.cat(list(each), dim)
 
-    def _with_heads(self, x: Tensor, which: Iterable[int], gain: float) -> Tensor:
+    def _with_heads(self, x: Tensor, which: Sequence[int], gain: float) -> Tensor:
         """base(x) and the mean of some heads, whose own gradients are multiplied by a gain."""
-        which = list(which)
         scale = self.scale / len(which)
         if self._plain():
-            return adapted_linear(x, *self._dense(), *self._joined(which), scale, gain)
+            u, v, less = self._factors(which)
+            return adapted_linear(x, *self._dense(), u, v, scale, gain, less=less)
         y = self.base(x)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
@@ -212,18 +209,18 @@ class AdaptedLayer(nn.Module):
         transposed = isinstance(self.heads[0], LowRankTransposedLinear)
         return weight.mT if transposed else weight, self.base.bias
 
-    def _joined(self, which: list[int]) -> tuple[Tensor, Tensor]:
-        """Heads side by side: U (O, H R) and V (H R, I)."""
-        pairs = [(_u(head) * sign, head.v.weight) for n in which for head, sign in self._terms(n)]
-        if len(pairs) == 1:
-            return pairs[0]
-        us, vs = zip(*pairs, strict=True)
-        return torch.cat(us, 1), torch.cat(vs, 0)
+    def _factors(
+        self, which: Sequence[int], *, stacked: bool = False
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """U and V of some heads, side by side or stacked, and those of what W holds of them."""
 
-    def _stacked(self) -> tuple[Tensor, Tensor]:
-        """A head for each chunk: U (H, O, R) and V (H, R, I), both twice as deep if anchored."""
-        us, vs = zip(*(self._joined([n]) for n in range(len(self.heads))), strict=True)
-        return torch.stack(us), torch.stack(vs)
+        def joined(heads: Any) -> tuple[Tensor, Tensor]:
+            us, vs = zip(*((_u(heads[n]), heads[n].v.weight) for n in which), strict=True)
+            if stacked:
+                return torch.stack(us), torch.stack(vs)
+            return torch.cat(us, 1), torch.cat(vs)
+
+        return (*joined(self.heads), None if self.merged is None else joined(self.merged))
 
     # -------------------------------------------------------------------------- the weight
 
