@@ -1,8 +1,12 @@
-"""What the loop and the run's own work must not do to each other: precision, modes, randomness."""
+"""What the loop and the run's own work must not do to each other: precision, modes, randomness.
+
+Nor may a start that fails leave half of its work behind.
+"""
 
 from __future__ import annotations
 
 import random
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from rankwise import surgery
 from rankwise.method import Change
@@ -17,6 +22,7 @@ from rankwise.method import Change
 Probe = Callable[[nn.Module], float]
 
 _NOTHING = nullcontext()
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
 
 def ordinary_mode() -> AbstractContextManager[Any]:
@@ -79,3 +85,52 @@ def aside(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module, optimizer: Any) -> Iterator[ExitStack]:
+    """Put model and optimizer back if what is done to them within fails.
+
+    That is modules, hooks, modes, which parameters learn, gradients, groups and states, all by
+    reference. Numbers that were written into tensors stay.
+
+    Args:
+        model: the bare one.
+        optimizer: one that is there already, or a factory, of which nothing has to be kept.
+
+    Yields:
+        What is called first if it fails: push onto it whoever must let go.
+    """
+    back = [_kept(vars(module), 2) for module in model.modules()]
+    if isinstance(optimizer, Optimizer):  # groups and what they hold; states of parameters
+        back.append(_kept(vars(optimizer), 4))
+    learned = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    with ExitStack() as undo:
+        try:
+            yield undo
+        except BaseException:
+            undo.close()
+            for put_back in back:
+                put_back()
+            for parameter, learns, gradient in learned:
+                parameter.requires_grad_(learns)
+                parameter.grad = gradient
+            raise
+        undo.pop_all()
+
+
+def _kept(value: Any, depth: int) -> Callable[[], None]:
+    """What puts back a container, and so many levels of them, in place."""
+    if depth == 0 or type(value) not in _CONTAINERS:
+        return lambda: None
+    before = value.copy()
+    parts = before.values() if isinstance(before, dict) else before
+    inner = [_kept(part, depth - 1) for part in parts]
+
+    def put_back() -> None:
+        value.clear()
+        (value.extend if isinstance(value, list) else value.update)(before)
+        for each in inner:
+            each()
+
+    return put_back

@@ -254,6 +254,11 @@ class Method:
             )
         self._context = context
 
+    def leave(self, context: Context) -> None:
+        """Take no part in a run that could not be started; in another run all stays as it is."""
+        if self._context is context:
+            self.detach()
+
     def detach(self) -> None:
         """Leave a run that could not be started, so that the same instance can be tried again."""
         self._context = None

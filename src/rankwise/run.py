@@ -22,7 +22,7 @@ from rankwise.errors import LifeCycleError
 from rankwise.events import EventLog
 from rankwise.followers import give_structure, inside
 from rankwise.handle import ModelHandle, Wrap
-from rankwise.isolation import Probe, losses_around, measure, ordinary_mode
+from rankwise.isolation import Probe, all_or_nothing, losses_around, measure, ordinary_mode
 from rankwise.method import NO_CHANGE, Change, Context, Method
 from rankwise.optim.groups import Options, group_names, open_roles, regroup, settle
 from rankwise.optim.learning_rate import LearningRateScale
@@ -57,7 +57,8 @@ def start(
 
     Prepares the model, makes the optimizer follow in place, and hangs on the optimizer's step
     hooks, so that the loop stays as it is. Call it before building an LR scheduler and before
-    wrapping the model (DDP, torch.compile): give `wrap` instead.
+    wrapping the model (DDP, torch.compile): give `wrap` instead. If it fails, model and optimizer
+    are as they were, but for numbers that a checkpoint or worker 0 has given.
 
     Args:
         model: the bare model; changed in place.
@@ -103,19 +104,16 @@ def start(
         composition.check_optimizer(optimizer, model)
     run = Run(model, methods, context, clip_norm, wrap, probe, calibrate, on_event)
     saved = None if resume is None else checkpoint.load(resume)
-    for method in methods:
-        method.attach(context)
-    try:
+    with all_or_nothing(model, optimizer) as undo:
+        for method in methods:
+            undo.callback(method.leave, context)
+            method.attach(context)
         run._adopt(optimizer, [] if saved is not None else run._prepare())
         if saved is not None:
             run.load_state_dict(*saved.of_this_worker())
             run.resumed = saved
             beside.wait_for_trainer(run)
         run._begin(hooks)
-    except BaseException:
-        for method in methods:
-            method.detach()
-        raise
     return run
 
 
