@@ -9,10 +9,14 @@
 The run hangs on the optimizer's steps; the callback keeps the run's state beside the Trainer's
 checkpoints. On a resume the structure comes first, from `start`, then the Trainer loads weights,
 optimizer and scheduler into it.
+
+Workers of torchrun or Accelerate: each of them does the above. Where every worker has a head of its
+own (`LTE(mode="workers")`), their gradients must not be averaged: `train_apart(trainer)`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +57,13 @@ class RunCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """What is loaded from now on is not the Trainer's."""
         self._guard.remove()
+
+
+def train_apart(trainer: Any) -> None:
+    """Let the workers of a Trainer divide the data, but not average gradients; before `train()`.
+
+    Such runs are not kept in the Trainer's checkpoints: `save_strategy="no"`.
+    """
+    prepare = trainer.accelerator.prepare_model
+    # Accelerate's way to take a model as it is, without DistributedDataParallel.
+    trainer.accelerator.prepare_model = partial(prepare, evaluation_mode=True)

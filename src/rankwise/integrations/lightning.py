@@ -10,6 +10,11 @@ The module's `configure_optimizers` returns this optimizer, and schedulers built
 run hangs on the optimizer's steps, behind Lightning's closure and clipping; the callback keeps the
 run's state in Lightning's checkpoints. On a resume the structure comes first, from `start`, then
 Lightning loads weights, optimizer and schedulers into it.
+
+Workers: `Trainer(strategy="ddp", ...)`. Where every worker has a head of its own, as with
+`LTE(mode="workers")`, gradients must not be averaged: `strategy=Apart()`, and the workers have to
+know each other from the beginning: `rankwise.distributed.initialize()` under torchrun, ahead of
+`rankwise.start`.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 
 from rankwise import beside
 from rankwise.errors import LifeCycleError
@@ -59,3 +65,13 @@ class RunCallback(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """What is loaded from now on is not the trainer's."""
         self._guard.remove()
+
+
+class Apart(DDPStrategy):
+    """Workers that divide the data, but do not average gradients.
+
+    Such runs are not kept in Lightning's checkpoints: `enable_checkpointing=False`.
+    """
+
+    def configure_ddp(self) -> None:
+        """The model stays as it is, on every worker."""

@@ -23,7 +23,9 @@ from rankwise.updates.merging import merge_
 AVERAGED = (
     "every worker trains a head of its own on its own examples, but the model is wrapped in "
     "DistributedDataParallel, which would make all heads worker 0's and average their gradients; "
-    "pass no such wrap to rankwise.start and call run.model itself"
+    "pass no such wrap to rankwise.start and call run.model itself; in the Trainer of transformers "
+    "call rankwise.integrations.huggingface.train_apart(trainer), in Lightning's give "
+    "strategy=rankwise.integrations.lightning.Apart()"
 )
 
 
@@ -41,6 +43,7 @@ class WorkerHeads:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
         self.model, self.layers, self.sent = model, layers, 0
+        self._workers = distributed.workers()
         heads = [p for layer in layers.values() for p in layer.heads.parameters()]
         self._own = list(dict.fromkeys(heads))
         self._place = {p: i for i, p in enumerate(self._own)}
@@ -74,8 +77,15 @@ class WorkerHeads:
         written since the last merge; other such buffers become worker 0's.
 
         Raises:
+            LifeCycleError: there were not as many workers when their heads were opened.
             WorkersDisagreeError: workers are at different steps, or wrote other buffers.
         """
+        if distributed.workers() != self._workers:
+            raise LifeCycleError(
+                f"{distributed.workers()} workers merge their heads, but {self._workers} began the "
+                "run, so heads are not where each worker looks for them; join the process group, "
+                "by rankwise.distributed.initialize() under torchrun, before rankwise.start"
+            )
         now = self._buffers()
         written = [n for n, state in now.items() if state is None or state != self._known.get(n)]
         distributed.agree(f"{step} {written}", "the step of a merge, and the buffers written")
