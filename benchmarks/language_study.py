@@ -211,6 +211,12 @@ def table(record: RunRecord, names: Sequence[str]) -> None:
         print(f"{name:<24}{record.best(name):>9g}{figures}  {record.grid(name, 3)}")
 
 
+def _existing(name: str) -> Path:
+    if not Path(name).is_file():
+        raise argparse.ArgumentTypeError(f"there is no record {name}")
+    return Path(name)
+
+
 def arguments(rows: Mapping[str, Row], about: str, argv: Sequence[str] | None) -> Any:
     """The command line of a study."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
@@ -218,6 +224,7 @@ def arguments(rows: Mapping[str, Row], about: str, argv: Sequence[str] | None) -
     parser.add_argument("--rows", nargs="+", choices=list(rows), default=list(rows), metavar="NAME")
     parser.add_argument("--at", type=float, help="every seed at this rate, beside the tuned one")
     parser.add_argument("--record", type=Path, help="lines of earlier runs, and of these")
+    parser.add_argument("--earlier", type=_existing, nargs="+", default=[], help="to read alone")
     parser.add_argument("--table", action="store_true", help="show what is recorded, train nothing")
     parser.add_argument("--smoke", action="store_true", help="few steps: seconds, not an hour")
     return parser.parse_args(argv)
@@ -244,6 +251,8 @@ def main(name: str, rows: Mapping[str, Row], about: str, argv: Sequence[str] | N
     }
     path = options.record or RESULTS / f"{name}.jsonl"
     record = RunRecord(path, facts(settings, data=splits.name), loss="validation")
+    for earlier in options.earlier:
+        record.runs |= RunRecord(earlier, facts(settings), loss="validation").runs
     for label in () if options.table else options.rows:
         row = rows[label]
 

@@ -5,7 +5,8 @@
 How it is done stands in `language_study.py`. A network is trained from its random beginning, with
 updates beside the blocks' matrices (width 128), while embedding, head and norms go on learning. The
 scale of an update is 2 in every row: under Adam it acts as a factor on the learning rate, which is
-tuned. Cycles of ReLoRA are 100 of the 400 steps, a warm-start is 100 dense ones.
+tuned. Cycles of ReLoRA are 100 of the 400 steps, a warm-start is 100 dense ones. AdaLoRA has the
+rest of its options by default: its budget falls from step 40 to 200.
 
 Controls: dense AdamW; the same with embedding, head and norms at twice and four times the rate,
 which rows of updates that end at a larger rate have without being asked; LTE with those at four
@@ -38,6 +39,13 @@ WARM = {"warmup_steps": 100}
 HEADS = {"init": "orthogonal", "merge_every": 10}
 GALORE = {"rank": 4, "every": 50, "layers": "*.heads.*"}
 REST = {"rank": 32, "every": 50, "layers": "embed*,head*"}
+ADAPTIVE = {
+    "initial_rank": 12,
+    "target_rank": 8,
+    "alpha": 24.0,
+    "layers": BLOCKS,
+    "others": "all",
+}
 ROWS = {
     "AdamW": Row("dense", rates(4e-3)),
     "AdamW, the rest at 2 lr": Row("dense", rates(2e-3), others=2.0),
@@ -46,6 +54,7 @@ ROWS = {
     "LoRA, rank 8": Row("lora", rates(8e-3), update(8)),
     "LoRA, rank 32": Row("lora", rates(8e-3), update(32)),
     "LoRA+, rank 8": Row("lora", rates(4e-3), update(8), beside={"lora-plus": {"ratio": 16.0}}),
+    "AdaLoRA, rank 12 to 8": Row("adalora", rates(8e-3), ADAPTIVE),
     "warm-start, LoRA": Row("relora", rates(8e-3), cycles(8, **WARM) | {"restart_every": 1000}),
     "ReLoRA": Row("relora", rates(8e-3), cycles(8)),
     "ReLoRA, no reset": Row("relora", rates(8e-3), cycles(8, reset="none")),
