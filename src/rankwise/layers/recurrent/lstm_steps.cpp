@@ -15,7 +15,7 @@
 #if defined(__AVX512F__)
 constexpr int BYTES = 64, ROWS = 6;  // rows at a time: ROWS x WIDE sums fill most registers
 #else
-constexpr int BYTES = 32, ROWS = 2;
+constexpr int BYTES = 32, ROWS = 3;
 #endif
 constexpr int WIDE = 4;
 constexpr int64_t DEEP = 1024;  // inputs at a time: so much of a panel stays in the second cache
@@ -93,8 +93,8 @@ static inline void each_row(
     switch (count) {
       case 1: multiply<S, 1>(x, stride, K, panel, row, begin, end); break;
       case 2: multiply<S, 2>(x, stride, K, panel, row, begin, end); break;
-#if defined(__AVX512F__)
       case 3: multiply<S, 3>(x, stride, K, panel, row, begin, end); break;
+#if defined(__AVX512F__)
       case 4: multiply<S, 4>(x, stride, K, panel, row, begin, end); break;
       case 5: multiply<S, 5>(x, stride, K, panel, row, begin, end); break;
       case 6: multiply<S, 6>(x, stride, K, panel, row, begin, end); break;
