@@ -38,7 +38,7 @@ run: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 	PYTHONPATH=$(LOW_BIT)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/python -m pytest tests/test_low_bit_optimizers.py
-	PYTHONPATH=$(KERNELS)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/python -m pytest tests/layers/test_fused.py
+	TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/python -m pytest tests/layers/test_fused.py
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks examples

@@ -41,7 +41,9 @@ def chunks(
 def autocast_is_on(x: Tensor) -> bool:
     """Whether autocast is on where a tensor is; there is none on the meta device."""
     kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # torch.compile cannot ask what there is before torch 2.13, and traces no meta tensors.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return available and torch.is_autocast_enabled(kind)
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

@@ -44,7 +44,9 @@ def native(
     weights += [each.product() for each in projection]
     y, *last = _call(kind, layout.pack(z), [s[None] for s in states], weights, layout)
     y = layout.unpack(y)
-    return (layout.turn(y) if reverse else y, *(state[0] for state in last))
+    y = layout.turn(y) if reverse else y
+    # Not state[0]: compiled by torch 2.11 its own LSTM gives states one dimension more.
+    return (y, *(end.reshape(begun.shape) for end, begun in zip(last, states, strict=True)))
 
 
 def _call(
@@ -58,12 +60,14 @@ def _call(
     options = (len(weights) > 3, 1, 0.0, training, False)
     begin = states if kind == "lstm" else states[0]
     function = getattr(torch._VF, kind)
+    sizes = () if layout.packed is None else (layout.packed.batch_sizes,)
+    given = (z, *sizes, begin, weights, *options, *(() if sizes else (False,)))
+    if not z.is_cuda or torch.compiler.is_compiling():
+        return function(*given)
     with warnings.catch_warnings():
         # cuDNN copies weights that are not in one piece, and says so; a product never is.
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous")
-        if layout.packed is not None:
-            return function(z, layout.packed.batch_sizes, begin, weights, *options)
-        return function(z, begin, weights, *options, False)
+        return function(*given)
 
 
 def projected(
