@@ -58,13 +58,17 @@ class Workers:
     """Two processes that run the same function at the same time."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory, self.starts = directory, 0
+        self.start()
+
+    def start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
+        self.starts += 1
+        meeting = str(self.directory / f"meeting-{self.starts}")
         for rank in range(WORKERS):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, str(directory / "meeting"), theirs), daemon=True
-            )
+            process = context.Process(target=_serve, args=(rank, meeting, theirs), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -74,7 +78,11 @@ class Workers:
             pipe.send((function, arguments))
         answers = []
         for pipe in self.pipes:
-            assert pipe.poll(60), f"{function.__name__}: a worker did not answer within 60 s"
+            if not pipe.poll(60):
+                # The next one must not be given the answer that this one is still owed.
+                self.stop()
+                self.start()
+                pytest.fail(f"{function}: a worker did not answer within 60 s")
             answers.append(torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False))
         failures = "\n".join(text for worked, text in answers if not worked)
         assert not failures, failures
