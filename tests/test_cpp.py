@@ -45,6 +45,27 @@ def test_compiled_once_and_kept(place: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_compiler
+def test_a_compiler_without_openmp(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = place / "seven.cpp"
+    source.write_text(SOURCE.replace("return 7", "\n#ifdef _OPENMP\nreturn 8;\n#endif\nreturn 7"))
+    usual = cpp.load(source)
+    assert usual is not None
+    assert usual.seven() == 8
+    cpp._load.cache_clear()
+    without = place / "without"
+    without.write_text(f"""#!/bin/sh
+case "$*" in *-fopenmp*) echo no OpenMP >&2; exit 1;; esac
+exec {cpp._compiler()} "$@"
+""")
+    without.chmod(0o755)
+    monkeypatch.setenv("CXX", str(without))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "another"))
+    library = cpp.load(source)
+    assert library is not None
+    assert library.seven() == 7
+
+
+@needs_compiler
 def test_a_home_that_cannot_be_written(place: Path) -> None:
     (place / "cache").write_text("a file where a directory is wanted")
     source = place / "seven.cpp"

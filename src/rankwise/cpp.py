@@ -29,7 +29,10 @@ FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
 }
-OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
+OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC")
+# With OpenMP where it is torch's own: its functions are looked up among what torch has loaded, so
+# that there is one pool of threads. Else on one thread.
+THREADS = (("-fopenmp",), ())
 PATIENCE = 20.0  # seconds
 
 
@@ -43,32 +46,36 @@ def load(source: Path) -> ctypes.CDLL | None:
 
 @cache
 def _load(source: Path, capability: str) -> ctypes.CDLL | None:
-    options = (*OPTIONS, *FLAGS[capability])
-    key = hashlib.sha256(source.read_bytes() + " ".join(options).encode()).hexdigest()[:16]
-    name = f"{source.stem}-{key}.so"
-    try:
-        kept = _directory() / name
-        if kept.is_file():
-            return ctypes.CDLL(str(kept))
-        compiler = _compiler()
-        return None if compiler is None else _compile(compiler, options, source, kept)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        logger.warning(
-            "%s could not be compiled and is done without, more slowly (RANKWISE_CPP=0 does not "
-            "try): %s",
-            source.name,
-            said.strip()[:500],
-        )
-        return None
+    said = ""
+    for threads in THREADS:
+        options = (*OPTIONS, *FLAGS[capability], *threads)
+        key = hashlib.sha256(source.read_bytes() + " ".join(options).encode()).hexdigest()[:16]
+        try:
+            kept = _directory() / f"{source.stem}-{key}.so"
+            if kept.is_file():
+                return ctypes.CDLL(str(kept))
+            compiler = _compiler()
+            return None if compiler is None else _compile(compiler, options, source, kept)
+        except (OSError, subprocess.SubprocessError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+    logger.warning(
+        "%s could not be compiled and is done without, more slowly (RANKWISE_CPP=0 does not "
+        "try): %s",
+        source.name,
+        said.strip()[:500],
+    )
+    return None
 
 
 def _compile(compiler: str, options: tuple[str, ...], source: Path, kept: Path) -> ctypes.CDLL:
     """Compile beside the place and move there in one step: others may be doing the same."""
     with tempfile.TemporaryDirectory(dir=kept.parent) as place:
-        made = Path(place) / kept.name
-        command = [compiler, *options, "-o", str(made), str(source)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+        made, part = Path(place) / kept.name, Path(place) / "part.o"
+        for command in (
+            [compiler, *options, "-c", "-o", str(part), str(source)],
+            [compiler, "-shared", "-o", str(made), str(part)],  # without OpenMP: torch's is taken
+        ):
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
         library = ctypes.CDLL(str(made))  # loads before it is kept
         made.replace(kept)
     return library

@@ -103,6 +103,27 @@ def test_packed_sequences(lengths: tuple[int, ...]) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_threads_that_share_the_rows(count: int, packed: bool) -> None:
+    """Each has some of them for all steps; among those that end there may be none of it."""
+    layer, batch = lstm(21, 4, num_layers=2, bidirectional=True), 14
+    x: Any = noise(T, batch, I)
+    if packed:
+        x = pack_sequence([noise(1 + n % 6, I, seed=n) for n in range(batch)], enforce_sorted=False)
+    hx = tuple(noise(4, batch, 21, seed=i).requires_grad_() for i in (1, 2))
+    leaves = x if packed else x.requires_grad_()
+    alone, before = results(layer, "compiled", leaves, hx), torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        assert lstm_steps.threads(batch, count) == min(count, 3)
+        found = results(layer, "compiled", leaves, hx)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(found, alone, rtol=1e-12, atol=1e-12)
+
+
+@needs_compiler
 @pytest.mark.parametrize("way", ["compiled", "auto"])
 def test_float32_against_float64(way: str) -> None:
     layer = lstm(96, (6, 24), dtype=torch.float32)
@@ -218,10 +239,18 @@ def test_where_the_compiled_steps_are_taken(monkeypatch: pytest.MonkeyPatch) -> 
     assert not wins(256, 250)  # no fewer multiplications than torch's kernel on the product
     assert wins(256, 250, proj_size=255)  # torch has no such kernel there
     assert not wins(256, 64, dtype=torch.float64)
+    assert wins(1500, 750)
+    monkeypatch.setattr(lstm_steps, "_has_threads", lambda: True)  # they share the rows
+    assert wins(256, 128, threads=2)
+    assert wins(650, 325, threads=2)
+    assert wins(1024, 512, batch=32, threads=2)
+    assert not wins(1500, 750, threads=2)
+    assert wins(256, 64, batch=64, threads=16)
+    assert not wins(1024, 256, batch=4, threads=16)
+    monkeypatch.setattr(lstm_steps, "_has_threads", lambda: False)
     assert wins(256, 64, threads=2)
     assert not wins(256, 128, threads=2)
     assert not wins(1024, 256, batch=32, threads=2)
-    assert not wins(256, 64, threads=16)
 
 
 @needs_compiler

@@ -83,13 +83,16 @@ static inline void multiply(
   for (int m = 0; m < M; m++) end(row + m, sums[m]);
 }
 
-// All B rows, in blocks of nearly the same size.
+// Some rows of all, which one thread works on for all steps: sequences do not meet.
+struct Rows { int64_t first, behind; };
+
+// These rows, in blocks of nearly the same size.
 template <class S, class Begin, class End>
 static inline void each_row(
-    int64_t B, const S* x, int64_t stride, int64_t K, const S* panel, Begin begin, End end) {
-  int64_t row = 0;
-  for (int64_t blocks = (B + ROWS - 1) / ROWS; blocks > 0; blocks--) {
-    int64_t count = (B - row + blocks - 1) / blocks;
+    Rows rows, const S* x, int64_t stride, int64_t K, const S* panel, Begin begin, End end) {
+  int64_t row = rows.first;
+  for (int64_t blocks = (rows.behind - row + ROWS - 1) / ROWS; blocks > 0; blocks--) {
+    int64_t count = (rows.behind - row + blocks - 1) / blocks;
     switch (count) {
       case 1: multiply<S, 1>(x, stride, K, panel, row, begin, end); break;
       case 2: multiply<S, 2>(x, stride, K, panel, row, begin, end); break;
@@ -104,14 +107,14 @@ static inline void each_row(
   }
 }
 
-// y (B, N), rows `apart` numbers apart, becomes x (B, K) times packed panels.
+// Rows of y (B, N), `apart` numbers apart, become those of x (B, K) times packed panels.
 template <class S>
 static void into(
-    S* y, int64_t apart, int64_t N, int64_t B, const S* x, int64_t K, const S* panels) {
+    S* y, int64_t apart, int64_t N, Rows rows, const S* x, int64_t K, const S* panels) {
   for (int64_t n = 0; n < N; n += WIDE * L<S>, panels += K * WIDE * L<S>)
     for (int64_t k = 0; k < K; k += DEEP)
       each_row<S>(
-          B, x + k, K, K - k < DEEP ? K - k : DEEP, panels + k * WIDE * L<S>,
+          rows, x + k, K, K - k < DEEP ? K - k : DEEP, panels + k * WIDE * L<S>,
           [=](int64_t b, V<S>* sums) {
             for (int j = 0; j < WIDE; j++)
               sums[j] = load(y + b * apart + n + j * L<S>, k ? N - n - j * L<S> : 0);
@@ -122,13 +125,28 @@ static void into(
           });
 }
 
+// The rows of `some` that are among `rows`, of so many numbers each.
+template <class S>
+static void copy(S* to, const S* from, Rows some, Rows rows, int64_t width) {
+  const int64_t first = some.first > rows.first ? some.first : rows.first;
+  const int64_t behind = some.behind < rows.behind ? some.behind : rows.behind;
+  if (first < behind) memcpy(to + first * width, from + first * width, sizeof(S) * (behind - first) * width);
+}
+
+// All B rows, shared out.
+template <class Part>
+static void shared(int64_t threads, int64_t B, Part part) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+  for (int64_t n = 0; n < threads; n++) part(Rows{B * n / threads, B * (n + 1) / threads});
+}
+
 // codes (T, B, Kx + R): x's are given, and h's of the first step; h's of the others are filled in.
 // u: units of [Ux | Uh] and bias: units of b, rows of g doubled; v: panels of V.
 // cells: 2 c; (T + 1, B, H) if gates (T, B, 4 H) are kept or `all`, else (B, H), the first given.
 // sizes (T + 1): how many sequences have each step, 0 last; `last` (B, H) gets 2 c at their ends.
 template <class S>
 static void forward(
-    int64_t T, int64_t B, int64_t H, int64_t Kx, int64_t R, int64_t reverse, int64_t all,
+    Rows rows, int64_t T, int64_t B, int64_t H, int64_t Kx, int64_t R, int64_t reverse, int64_t all,
     const int64_t* sizes, const S* u, const S* bias, const S* v,
     S* codes, S* cells, S* gates, S* output, S* last) {
   const int64_t K = Kx + R, size = B * H;
@@ -138,7 +156,7 @@ static void forward(
     S *now = cells + (all ? (reverse ? t : t + 1) * size : 0), *h = output + t * size;
     for (int64_t n = 0; n < H; n += L<S>, panel += K * WIDE * L<S>)
       each_row<S>(
-          B, codes + t * B * K, K, K, panel,
+          rows, codes + t * B * K, K, K, panel,
           [=](int64_t, V<S>* sums) {
             for (int j = 0; j < WIDE; j++) sums[j] = load(bias + (n * WIDE + j * L<S>), L<S>);
           },
@@ -157,13 +175,9 @@ static void forward(
               store(to + 3 * H, o, count);
             }
           });
-    if (step + 1 < T) into<S>(codes + next * B * K + Kx, K, R, B, h, H, v);
-    if (sizes[t + 1] < sizes[t] && !reverse) {
-      const int64_t from = sizes[t + 1] * H;
-      memcpy(last + from, now + from, sizeof(S) * (sizes[t] * H - from));
-    } else if (reverse && t == 0) {
-      memcpy(last, now, sizeof(S) * size);
-    }
+    if (step + 1 < T) into<S>(codes + next * B * K + Kx, K, R, rows, h, H, v);
+    if (!reverse) copy(last, now, Rows{sizes[t + 1], sizes[t]}, rows, H);
+    else if (t == 0) copy(last, now, rows, rows, H);
   }
 }
 
@@ -173,7 +187,7 @@ static void forward(
 // carried on. slab (T, B, 4 H) gets the gradients of the preactivations, dz (T, B, R) of the codes.
 template <class S>
 static void backward(
-    int64_t T, int64_t B, int64_t H, int64_t R, int64_t reverse,
+    Rows rows, int64_t T, int64_t B, int64_t H, int64_t R, int64_t reverse,
     const int64_t* sizes, const S* d_last, const S* gates, const S* cells, const S* d_output,
     const S* vt, const S* ut, const S* z, S* dc, S* slab, S* dz) {
   const int64_t size = B * H;
@@ -182,11 +196,10 @@ static void backward(
     const S *before = cells + (reverse ? t + 1 : t) * size, *now = cells + (reverse ? t : t + 1) * size;
     const S *saved = gates + t * WIDE * size, *dy = d_output + t * size, *panel = vt;
     S* found = slab + t * WIDE * size;
-    if (d_last && sizes[t + 1] < sizes[t])
-      memcpy(dc + sizes[t + 1] * H, d_last + sizes[t + 1] * H, sizeof(S) * (sizes[t] - sizes[t + 1]) * H);
+    if (d_last) copy(dc, d_last, Rows{sizes[t + 1], sizes[t]}, rows, H);
     for (int64_t n = 0; n < H; n += WIDE * L<S>, panel += R * WIDE * L<S>)
       each_row<S>(
-          B, z, R, z ? R : 0, panel,
+          rows, z, R, z ? R : 0, panel,
           [=](int64_t b, V<S>* sums) {
             for (int j = 0; j < WIDE; j++)
               sums[j] = load(dy + b * H + n + j * L<S>, H - n - j * L<S>);
@@ -209,37 +222,50 @@ static void backward(
             }
           });
     S* here = dz + t * B * R;
-    into<S>(here, R, R, B, found, WIDE * H, ut);
+    into<S>(here, R, R, rows, found, WIDE * H, ut);
     z = here;
   }
 }
 
 extern "C" {
 int64_t vector_bytes() { return BYTES; }
+#if defined(_OPENMP)
+int64_t has_threads() { return 1; }
+#else
+int64_t has_threads() { return 0; }
+#endif
 void forward_float(
-    int64_t T, int64_t B, int64_t H, int64_t Kx, int64_t R, int64_t reverse, int64_t all,
-    const int64_t* sizes, const float* u, const float* bias, const float* v,
+    int64_t threads, int64_t T, int64_t B, int64_t H, int64_t Kx, int64_t R, int64_t reverse,
+    int64_t all, const int64_t* sizes, const float* u, const float* bias, const float* v,
     float* codes, float* cells, float* gates, float* output, float* last) {
-  forward(T, B, H, Kx, R, reverse, all, sizes, u, bias, v, codes, cells, gates, output, last);
+  shared(threads, B, [=](Rows rows) {
+    forward(
+        rows, T, B, H, Kx, R, reverse, all, sizes, u, bias, v, codes, cells, gates, output, last);
+  });
 }
 void forward_double(
-    int64_t T, int64_t B, int64_t H, int64_t Kx, int64_t R, int64_t reverse, int64_t all,
-    const int64_t* sizes, const double* u, const double* bias, const double* v,
+    int64_t threads, int64_t T, int64_t B, int64_t H, int64_t Kx, int64_t R, int64_t reverse,
+    int64_t all, const int64_t* sizes, const double* u, const double* bias, const double* v,
     double* codes, double* cells, double* gates, double* output, double* last) {
-  forward(T, B, H, Kx, R, reverse, all, sizes, u, bias, v, codes, cells, gates, output, last);
+  shared(threads, B, [=](Rows rows) {
+    forward(
+        rows, T, B, H, Kx, R, reverse, all, sizes, u, bias, v, codes, cells, gates, output, last);
+  });
 }
 void backward_float(
-    int64_t T, int64_t B, int64_t H, int64_t R, int64_t reverse,
+    int64_t threads, int64_t T, int64_t B, int64_t H, int64_t R, int64_t reverse,
     const int64_t* sizes, const float* d_last, const float* gates, const float* cells,
-    const float* d_output, const float* vt, const float* ut, const float* z, float* dc,
-    float* slab, float* dz) {
-  backward(T, B, H, R, reverse, sizes, d_last, gates, cells, d_output, vt, ut, z, dc, slab, dz);
+    const float* d_output, const float* vt, const float* ut, const float* z, float* dc, float* slab, float* dz) {
+  shared(threads, B, [=](Rows rows) {
+    backward(rows, T, B, H, R, reverse, sizes, d_last, gates, cells, d_output, vt, ut, z, dc, slab, dz);
+  });
 }
 void backward_double(
-    int64_t T, int64_t B, int64_t H, int64_t R, int64_t reverse,
+    int64_t threads, int64_t T, int64_t B, int64_t H, int64_t R, int64_t reverse,
     const int64_t* sizes, const double* d_last, const double* gates, const double* cells,
-    const double* d_output, const double* vt, const double* ut, const double* z, double* dc,
-    double* slab, double* dz) {
-  backward(T, B, H, R, reverse, sizes, d_last, gates, cells, d_output, vt, ut, z, dc, slab, dz);
+    const double* d_output, const double* vt, const double* ut, const double* z, double* dc, double* slab, double* dz) {
+  shared(threads, B, [=](Rows rows) {
+    backward(rows, T, B, H, R, reverse, sizes, d_last, gates, cells, d_output, vt, ut, z, dc, slab, dz);
+  });
 }
 }

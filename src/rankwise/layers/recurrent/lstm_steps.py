@@ -20,6 +20,8 @@ from rankwise.layers.recurrent.codes import operand_dtype
 from rankwise.layers.recurrent.matrices import Matrix
 
 G, WIDE = 4, 4
+# Rows a thread has at least: fewer read the weights for too little work.
+FEWEST = 4
 _NAMES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -57,9 +59,21 @@ def _lanes(dtype: torch.dtype) -> int:
     return found.vector_bytes() // dtype.itemsize
 
 
+@torch.compiler.assume_constant_result
+def _has_threads() -> bool:
+    found = library()
+    return found is not None and found.has_threads() == 1
+
+
+def threads(batch: int, available: int) -> int:
+    """Of so many threads those that share the rows of a batch: sequences do not meet."""
+    return max(1, min(available, batch // FEWEST)) if _has_threads() else 1
+
+
 def _call(function: Any, numbers: Sequence[int], tensors: Sequence[Tensor | None]) -> None:
-    """Tensors without gaps, by their addresses."""
+    """Numbers, T and B first, and tensors without gaps by their addresses, on torch's threads."""
     assert all(t is None or t.is_contiguous() for t in tensors)
+    numbers = (threads(numbers[1], torch.get_num_threads()), *numbers)
     addresses = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors)
     function(*map(ctypes.c_int64, numbers), *addresses)
 

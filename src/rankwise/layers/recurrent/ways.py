@@ -29,6 +29,7 @@ LOOPS = ("loop", "compiled")  # these can make gates again for backward
 # In multiplications and additions, as measured on an AMD EPYC (docs/studies/recurrent.md):
 CALLS = 7.5e6  # what the calls of one step cost, more than one call of torch's kernel for all
 PACKING = 30  # what it costs to copy and reorder one number of the factors, at each call
+WIDE = 8_000_000  # numbers of all factors that no longer stay near a processor
 FEW = 16  # fewer rows take as long as so many: reading the weights is all the work
 _THREADS = torch.get_num_threads()  # as torch.compile cannot ask for it
 _REPEATS = 3
@@ -113,19 +114,21 @@ def choose(
 def compiled_wins(x: Tensor, matrices: Sequence[Matrix], layout: Layout) -> bool:
     """Whether the compiled steps are expected to be the fastest on a CPU. A rule, as `loop_loses`.
 
-    They save the calls of a step, but run on one thread, while products of the others gain from
-    more, if less than by their number.
+    They save the calls of a step. Threads share their rows and each reads all weights, so that wide
+    layers gain less than by the others' products.
     """
     (ih, hh), threads = matrices[:2], _threads()
     if hh.v is None or x.dtype != torch.float32:
         return False  # exponentials of float64 are not vectors there
     rows, hidden = max(x.shape[1], FEW), hh.v.shape[1]
-    work = 2 * rows * (ih.u.numel() + hh.u.numel() + hh.v.numel())
+    numbers = ih.u.numel() + hh.u.numel() + hh.v.numel()
+    work, own = 2 * rows * numbers, lstm_steps.threads(x.shape[1], threads)
     others = [work / threads**0.75 + CALLS * threads**1.5]
     if len(matrices) == 2 and layout.packed is None:
         dense = 2 * rows * (ih.u.numel() + hh.gates * hidden * hidden)
         others.append(dense / threads**0.75)
-    return work < min(others)
+    wide = 1.2 if own > 1 and numbers > WIDE else 1.0
+    return wide * work / own**0.75 < min(others)
 
 
 def _threads() -> int:
