@@ -11,7 +11,7 @@ beside what PEFT's LoRA adds. `step`: two blocks of GPT-2's form (width 768), 8 
 forward, backward and a fused AdamW step; updates of all four linear layers of each block, one and
 many heads. "frozen" trains embeddings, norms and head alone, as all rows of updates do. LTE's step
 holds its share of a merge every 10 steps. Each round times every side once, in turn; medians
-[quartiles].
+[quartiles] of the process's processor time: with several threads that is the sum over them.
 
 `memory`: the most bytes alive within a later step of the same network, every storage counted while
 it lives, in a process of its own for each side.
@@ -186,14 +186,14 @@ class Training:
 
 
 def rounds(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every side, once a round, two rounds of warm-up left out."""
+    """Milliseconds of the processor of every side, once a round, after two rounds of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(repeats + 2):
         for name, run in runs.items():
-            began = time.perf_counter()
+            began = time.process_time()
             run()
             if number >= 2:
-                times[name].append((time.perf_counter() - began) * 1e3)
+                times[name].append((time.process_time() - began) * 1e3)
     return times
 
 
@@ -256,18 +256,19 @@ def show_times(title: str, times: dict[str, list[float]], base: str) -> None:
 
 
 def figures(rank: int, times: dict[str, list[float]]) -> dict[str, float]:
-    """The ratios that the goals are about."""
+    """The ratios that the goals are about, as far as their sides were timed."""
     middle = {name: statistics.median(each) for name, each in times.items()}
-    if "dense" not in middle:
-        added = {name: middle[name] - middle["frozen"] for name in ("LoRA", "PEFT")}
-        return {"added, LoRA / PEFT": added["LoRA"] / added["PEFT"]}
-    four, one = middle[f"parallel, 4 heads of {rank}"], middle[f"LoRA, rank {4 * rank}"]
-    added = {n: middle[f"{n}, rank {rank}"] - middle["frozen"] for n in ("LoRA", "PEFT")}
-    return {
-        "4 heads / 1 head of 4 ranks": four / one,
-        "sequential / parallel, 4 heads": middle[f"sequential, 4 heads of {rank}"] / four,
-        "added, LoRA / PEFT": added["LoRA"] / added["PEFT"],
+    four, one = f"parallel, 4 heads of {rank}", f"LoRA, rank {4 * rank}"
+    pairs = {
+        "4 heads / 1 head of 4 ranks": (four, one),
+        "sequential / parallel, 4 heads": (f"sequential, 4 heads of {rank}", four),
     }
+    found = {n: middle[a] / middle[b] for n, (a, b) in pairs.items() if {a, b} <= middle.keys()}
+    for ours, theirs in (("LoRA", "PEFT"), (f"LoRA, rank {rank}", f"PEFT, rank {rank}")):
+        if {ours, theirs, "frozen"} <= middle.keys():
+            added = [middle[name] - middle["frozen"] for name in (ours, theirs)]
+            found["added, LoRA / PEFT"] = added[0] / added[1]
+    return found
 
 
 def show_memory(rows: Sequence[dict[str, Any]]) -> None:
@@ -304,7 +305,7 @@ def timed(options: argparse.Namespace) -> list[dict[str, Any]]:
         times = rounds(runs, options.repeats)
         merge_times(trainings, times)
         show_times(f"{options.what}, rank {rank}, {threads} thread(s)", times, base)
-        ratios = {} if options.sides else figures(rank, times)
+        ratios = figures(rank, times)
         for name, value in ratios.items():
             print(f"  {name:<32}{value:>8.3f}")
         rows.append({"rank": rank, "threads": threads, "times": times, "figures": ratios})

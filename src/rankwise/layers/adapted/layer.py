@@ -21,6 +21,7 @@ from rankwise.layers.base import LowRankLayer
 from rankwise.layers.linear import LowRankLinear
 from rankwise.layers.transposed_linear import LowRankTransposedLinear
 from rankwise.method import Change, Successors
+from rankwise.onednn import matmul
 
 
 class AdaptedLayer(nn.Module):
@@ -361,7 +362,8 @@ def sum_of_products(terms: Iterable[tuple[Any, float]]) -> Tensor:
         u, *core, v = layer.factors()
         us.append((u @ core[0] if core else u) * sign)
         vs.append(v)
-    return terms[0][0].as_weight(torch.cat(us, -1) @ torch.cat(vs, -2))
+    left, right = torch.cat(us, -1), torch.cat(vs, -2)
+    return terms[0][0].as_weight(matmul(left, right) if left.dim() == 2 else left @ right)
 
 
 def _head(
