@@ -457,10 +457,10 @@ def unsupported() -> dict[str, nn.Module]:
     [
         ("patched", "its forward was replaced on the instance"),
         ("subclassed", "its weight is a Subclassed, no plain tensor"),
-        ("eight", "its weight is a Int8Params, no plain tensor"),
+        ("eight", "Int8Params, no plain tensor (quantised or sharded); load the model in float32"),
         ("sparse", "its weight is stored sparse (torch.sparse_coo)"),
         ("fp8", "its weight is torch.float8_e4m3fn"),
-        ("integer", "its weight is torch.int8"),
+        ("integer", "torch.int8; only real floating point can be factorised or adapted: load the"),
         ("gptq", "Quantized holds its weight quantised; factorise or adapt before quantising"),
         ("lora.base_layer", "it belongs to the adapter lora; merge or unload the adapter first"),
         ("lora.lora_A.default", "it belongs to the adapter lora"),

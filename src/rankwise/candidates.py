@@ -291,11 +291,17 @@ def _unusual(weight: Any) -> str:
     """Why a parameter is not the plain matrix of numbers that can be decomposed, or empty."""
     if type(weight) is not Parameter:
         kind = type(weight).__name__
-        return f"its weight is a {kind}, no plain tensor (quantised or sharded)"
+        return (
+            f"its weight is a {kind}, no plain tensor (quantised or sharded); load the model in "
+            "float32 or bfloat16, and factorise or adapt it before sharding"
+        )
     if weight.layout != torch.strided:
         return f"its weight is stored sparse ({weight.layout})"
     if weight.dtype not in _DTYPES:
-        return f"its weight is {weight.dtype}; only real floating point can be factorised"
+        return (
+            f"its weight is {weight.dtype}; only real floating point can be factorised or adapted: "
+            "load the model in float32 or bfloat16"
+        )
     return ""
 
 

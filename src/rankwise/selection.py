@@ -198,8 +198,10 @@ def _suggest(pattern: str, names: Iterable[str]) -> str:
 
 def _nothing_selected(model: nn.Module, layers: Any, reasons: Mapping[str, str]) -> str:
     why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4])
+    kept = not reasons or any("keep_" in reason for reason in reasons.values())
+    way = "name layers by a glob, or lower keep_first / keep_last" if kept else "name other layers"
     return (
         f"no layer of {type(model).__name__} was selected by layers={layers!r}"
         + (f" ({why})" if why else "")
-        + f"; {_in_lists(model)}name layers by a glob, or lower keep_first / keep_last"
+        + f"; {_in_lists(model)}{way}"
     )

@@ -377,3 +377,26 @@ def test_wrong_input_is_answered_in_words() -> None:
         rankwise.LTE(mode="paralel")
     with pytest.raises(CompositionError, match="a switch looks for dense weights"):
         trained([rankwise.Pufferfish(ranks=4, warmup_steps=2), rankwise.LoRA(rank=2)])
+
+
+class Int8Params(nn.Parameter):
+    """As bitsandbytes' weights."""
+
+
+@pytest.mark.parametrize("layers", ["auto", "0,2"])
+def test_a_quantised_base_is_refused_with_the_reason_and_the_way_out(layers: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4))
+    for place in (0, 2):
+        whole: Any = model[place]
+        whole.weight = Int8Params(torch.zeros(8, 8), requires_grad=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(SelectionError) as raised:
+        rankwise.start(model, rankwise.LoRA(rank=2, layers=layers), optimizer)
+    message = str(raised.value)
+    assert (
+        f"no layer of Sequential was selected by layers='{layers}' (0: its weight is a" in message
+    )
+    assert (
+        "Int8Params, no plain tensor (quantised or sharded); load the model in float32" in message
+    )
+    assert ("keep_last" in message) == (layers == "auto")
