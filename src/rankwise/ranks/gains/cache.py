@@ -16,7 +16,7 @@ from rankwise.ranks.gains.stopwatch import Times
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "rankwise gain cache 2"
+FORMAT = "rankwise gain cache 3"
 
 
 def default_place() -> Path:
