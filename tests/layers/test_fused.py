@@ -193,6 +193,12 @@ def test_a_kernel_that_cannot_be_built_is_left_out_with_a_word(
         assert not fused._runs.__wrapped__(torch.device(DEVICE))
 
 
+def test_the_trial_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not GPU:
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    assert fused._runs.__wrapped__(torch.device(DEVICE))
+
+
 def test_the_kernel_is_taken_where_it_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "fits", lambda *_: True)
     taken: list[str] = []
