@@ -209,7 +209,7 @@ def test_the_kernel_is_taken_where_it_is_possible(monkeypatch: pytest.MonkeyPatc
     assert taken == ["fused"]
     layer.recompute = True  # who asks for memory is not given speed
     layer(x)
-    assert taken == ["fused", "loop"]
+    assert taken[1:] in (["loop"], ["compiled"])
 
 
 @pytest.mark.gpu
