@@ -135,6 +135,18 @@ def test_full_rank_is_the_dense_layer(kind: str, form: dict[str, Any], recompute
         assert_close(tensors(low(y, hx)), results[0], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("ranks", [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_rank_one(kind: str, ranks: tuple[int, int]) -> None:
+    low = CLASSES[kind](I, H, rank=ranks, dtype=torch.float64)
+    dense, x = low.to_dense(), noise(T, B, I)
+    expected, found = dense(x), low(x)
+    assert_close(tensors(found), tensors(expected), rtol=1e-10, atol=1e-12)
+    weigh(expected).backward()
+    weigh(found).backward()
+    compare_gradients(low, dense)
+
+
 @pytest.mark.parametrize("kept", [{"ih": True}, {"hh": True}, {"ih": True, "hh": True}])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_either_matrix_may_stay_dense(kind: str, kept: dict[str, bool]) -> None:

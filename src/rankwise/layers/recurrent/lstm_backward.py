@@ -101,7 +101,9 @@ class Backward:
                 d_zx[start:end].flatten(0, 1).copy_(self.back_to_zx(self._slab(start, end)))
         assert z is not None
         du, d_bias, dv = (total.to(self.zx.dtype) for total in self.totals)
-        d_ux, d_uh = (part.t().contiguous() for part in du.split(self.ranks))
+        # Of rank 1 a part lies without gaps already, and results share no memory.
+        steady = torch.contiguous_format
+        d_ux, d_uh = (part.t().clone(memory_format=steady) for part in du.split(self.ranks))
         return [d_zx, d_ux, d_uh, d_bias, dv, z, dc]
 
     def _slab(self, start: int, end: int) -> Tensor:
