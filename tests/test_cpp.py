@@ -55,7 +55,7 @@ def test_a_compiler_without_openmp(place: Path, monkeypatch: pytest.MonkeyPatch)
     without = place / "without"
     without.write_text(f"""#!/bin/sh
 case "$*" in *-fopenmp*) echo no OpenMP >&2; exit 1;; esac
-exec {cpp._compiler()} "$@"
+exec {" ".join(cpp._compiler() or [])} "$@"
 """)
     without.chmod(0o755)
     monkeypatch.setenv("CXX", str(without))
@@ -63,6 +63,85 @@ exec {cpp._compiler()} "$@"
     library = cpp.load(source)
     assert library is not None
     assert library.seven() == 7
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", [0, 100, 5000, -1])
+def test_what_was_kept_but_not_whole_is_compiled_again(place: Path, part: int) -> None:
+    source = place / "seven.cpp"
+    source.write_text(SOURCE)
+    assert cpp.load(source) is not None
+    (kept,) = (place / "cache" / "rankwise").iterdir()
+    whole = kept.read_bytes()
+    kept.unlink()  # the library that is loaded stays as it is
+    kept.write_bytes(whole[:part])
+    cpp._load.cache_clear()
+    library = cpp.load(source)
+    assert library is not None
+    assert library.seven() == 7
+    assert kept.read_bytes()[:4] == b"\x7fELF"
+    assert len(kept.read_bytes()) == len(whole)
+    assert [kept] == list(kept.parent.iterdir())
+
+
+@needs_compiler
+def test_what_was_kept_of_another_system_is_compiled_again(place: Path) -> None:
+    source = place / "seven.cpp"
+    source.write_text(SOURCE)
+    assert cpp.load(source) is not None
+    (kept,) = (place / "cache" / "rankwise").iterdir()
+    content = bytearray(kept.read_bytes()[:-32])
+    content[18] ^= 255  # the machine in ELF's header
+    kept.unlink()
+    kept.write_bytes(content + cpp._sum(content))
+    cpp._load.cache_clear()
+    assert cpp.load(source) is not None
+    assert [kept] == list(kept.parent.iterdir())
+
+
+@needs_compiler
+@pytest.mark.parametrize("words", ["{wrapper} {real} -g", "{wrapper}"])
+def test_a_compiler_of_several_words(
+    place: Path, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (real,) = cpp._compiler() or []
+    wrapper = place / ("a wrapper" if words == "{wrapper}" else "wrapper")
+    wrapper.write_text(f'#!/bin/sh\ncase $1 in /*) ;; *) set -- {real} "$@";; esac\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", words.format(wrapper=wrapper, real=real))
+    source = place / "seven.cpp"
+    source.write_text(SOURCE)
+    assert cpp.load(source) is not None
+
+
+def test_a_compiler_that_takes_too_long(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(cpp, "PATIENCE", 0.5)
+    slow, calls = place / "slow", place / "calls"
+    slow.write_text(f"#!/bin/sh\necho called >> '{calls}'\nexec sleep 30\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    source = place / "seven.cpp"
+    source.write_text(SOURCE)
+    assert cpp.load(source) is None
+    assert calls.read_text() == "called\n"  # once: it would take as long without OpenMP
+    assert "timed out after 0.5 seconds" in caplog.text
+
+
+def test_a_compiler_that_speaks_another_encoding(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    failing = place / "failing"
+    failing.write_text("#!/bin/sh\nprintf 'it will \\377not do\\n' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    source = place / "seven.cpp"
+    source.write_text(SOURCE)
+    assert cpp.load(source) is None
+    assert "not do" in caplog.text
 
 
 @needs_compiler

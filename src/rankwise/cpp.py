@@ -1,9 +1,10 @@
 """C++ sources of this package, compiled on this machine when they are first needed.
 
 They are plain C++ without torch's headers, so a compile takes a second, and it is kept on the disk
-under $XDG_CACHE_HOME/rankwise or ~/.cache/rankwise, for each source and kind of processor. Whoever
-needs one has another way to do the same: without a compiler (`$CXX`, else c++, g++ or clang++)
-there is none, and neither with `RANKWISE_CPP=0` in the environment.
+under $XDG_CACHE_HOME/rankwise or ~/.cache/rankwise, for each source and kind of processor. What is
+there but not whole, or does not load here, is compiled again. Whoever needs one has another way to
+do the same: without a compiler (`$CXX`, else c++, g++ or clang++) there is none, and neither with
+`RANKWISE_CPP=0` in the environment.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,10 +55,13 @@ def _load(source: Path, capability: str) -> ctypes.CDLL | None:
         key = hashlib.sha256(source.read_bytes() + " ".join(options).encode()).hexdigest()[:16]
         try:
             kept = _directory() / f"{source.stem}-{key}.so"
-            if kept.is_file():
-                return ctypes.CDLL(str(kept))
+            if (library := _whole(kept)) is not None:
+                return library
             compiler = _compiler()
             return None if compiler is None else _compile(compiler, options, source, kept)
+        except subprocess.TimeoutExpired as error:
+            said = str(error)
+            break  # it would take as long without threads
         except (OSError, subprocess.SubprocessError) as error:
             said = getattr(error, "stderr", None) or str(error)
     logger.warning(
@@ -67,24 +73,45 @@ def _load(source: Path, capability: str) -> ctypes.CDLL | None:
     return None
 
 
-def _compile(compiler: str, options: tuple[str, ...], source: Path, kept: Path) -> ctypes.CDLL:
+def _whole(kept: Path) -> ctypes.CDLL | None:
+    """What was kept. Its sum is behind it: to load what was cut off can end the process."""
+    try:
+        content = kept.read_bytes()
+        return ctypes.CDLL(str(kept)) if content[-32:] == _sum(content[:-32]) else None
+    except OSError:  # not there, or of another system
+        return None
+
+
+def _sum(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _compile(
+    compiler: Sequence[str], options: Sequence[str], source: Path, kept: Path
+) -> ctypes.CDLL:
     """Compile beside the place and move there in one step: others may be doing the same."""
     with tempfile.TemporaryDirectory(dir=kept.parent) as place:
         made, part = Path(place) / kept.name, Path(place) / "part.o"
         for command in (
-            [compiler, *options, "-c", "-o", str(part), str(source)],
-            [compiler, "-shared", "-o", str(made), str(part)],  # without OpenMP: torch's is taken
+            [*compiler, *options, "-c", "-o", str(part), str(source)],
+            [*compiler, "-shared", "-o", str(made), str(part)],  # without OpenMP: torch's is taken
         ):
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+            # What it says may be in any encoding.
+            how: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace"}
+            subprocess.run(command, check=True, timeout=PATIENCE, **how)
         library = ctypes.CDLL(str(made))  # loads before it is kept
+        with made.open("ab") as file:
+            file.write(_sum(made.read_bytes()))
         made.replace(kept)
     return library
 
 
-def _compiler() -> str | None:
-    named = os.environ.get("CXX")
+def _compiler() -> list[str] | None:
+    """As the words of a command: `$CXX` may be "ccache g++", or a path with spaces."""
+    named = os.environ.get("CXX", "").strip()
+    candidates = ([named], named.split()) if named else (["c++"], ["g++"], ["clang++"])
     return next(
-        filter(None, map(shutil.which, (named,) if named else ("c++", "g++", "clang++"))), None
+        ([found, *rest] for name, *rest in candidates if (found := shutil.which(name))), None
     )
 
 
