@@ -93,7 +93,7 @@ def test_what_was_kept_of_another_system_is_compiled_again(place: Path) -> None:
     content = bytearray(kept.read_bytes()[:-32])
     content[18] ^= 255  # the machine in ELF's header
     kept.unlink()
-    kept.write_bytes(content + cpp._sum(content))
+    kept.write_bytes(content + cpp._sum(bytes(content)))
     cpp._load.cache_clear()
     assert cpp.load(source) is not None
     assert [kept] == list(kept.parent.iterdir())

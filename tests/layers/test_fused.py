@@ -132,6 +132,29 @@ def test_one_result_alone_and_no_second_derivative(kind: str) -> None:
         first[0].sum().backward()
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_what_is_saved_may_come_back_with_gaps(kind: str) -> None:
+    tensors = drawn(kind, SHAPES[0], torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.mT.contiguous().mT):
+        found = with_gradients(FUSED[kind], tensors)
+    assert_close(found, with_gradients(FUSED[kind], tensors), rtol=1e-5, atol=1e-6)
+
+
+def test_launched_where_the_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a second GPU, too, while the first is the current device."""
+    entered: list[Any] = []
+
+    class Entered(torch.cuda.device_of):
+        def __init__(self, obj: Any) -> None:
+            super().__init__(obj)
+            entered.append(obj.device)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Entered)
+    tensors = drawn("lstm", SHAPES[0], torch.float32)
+    with_gradients(FUSED["lstm"], tensors)
+    assert entered == [tensors[0].device] * 2  # forward and backward
+
+
 @pytest.mark.parametrize("kind", [LowRankLSTM, LowRankGRU])
 @pytest.mark.parametrize(
     "options",

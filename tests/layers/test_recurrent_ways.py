@@ -212,6 +212,20 @@ def test_inference_makes_things_of_weights_once_while_they_stay(
     assert len(found) == 0
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("way", ["loop", "compiled"])
+@pytest.mark.parametrize("kind", [LowRankLSTM, LowRankGRU])
+def test_inputs_of_vmap(kind: Any, way: str, grad: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = kind(I, H, rank=3, dtype=torch.float64), noise(2, T, B, I)
+    layer.way = way
+    with torch.set_grad_enabled(grad):
+        expected = torch.stack([layer(each)[0] for each in x])
+        found = torch.vmap(lambda each: layer(each)[0])(x)
+    assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_measured_once_for_each_shape(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where it decides."""

@@ -151,27 +151,29 @@ def launch(kernel: str, z: Tensor, v: Tensor, *given: Any, **options: Any) -> No
     assert tiles is not None
     groups, programs, codes = tiles.groups(batch), tiles.programs(hidden), _power(rank)
     parts = z.new_empty(groups, programs, tiles.rows, codes, dtype=torch.float32)
-    getattr(fused_kernels, kernel)[(programs, groups)](
-        *given,
-        parts,
-        z.new_zeros(groups, 32, dtype=torch.int32),
-        steps,
-        batch,
-        hidden,
-        rank,
-        P=programs,
-        PP=_power(programs, 1),
-        BM=tiles.rows,
-        BN=tiles.units,
-        BR=codes,
-        SHARE=_power(-(-tiles.rows * codes // programs), 1),
-        PRECISION=_precision(),
-        INTERPRETED=not z.is_cuda,
-        num_warps=tiles.units // 4,
-        num_stages=1,  # a load moved before the wait that precedes it would read an older step's
-        launch_cooperative_grid=True,
-        **options,
-    )
+    # Triton launches on the current device, whichever the tensors are on.
+    with torch.cuda.device_of(z):
+        getattr(fused_kernels, kernel)[(programs, groups)](
+            *given,
+            parts,
+            z.new_zeros(groups, 32, dtype=torch.int32),
+            steps,
+            batch,
+            hidden,
+            rank,
+            P=programs,
+            PP=_power(programs, 1),
+            BM=tiles.rows,
+            BN=tiles.units,
+            BR=codes,
+            SHARE=_power(-(-tiles.rows * codes // programs), 1),
+            PRECISION=_precision(),
+            INTERPRETED=not z.is_cuda,
+            num_warps=tiles.units // 4,
+            num_stages=1,  # a load moved before the wait that precedes it would read an older step's
+            launch_cooperative_grid=True,
+            **options,
+        )
 
 
 def _power(count: int, least: int = _SMALLEST) -> int:

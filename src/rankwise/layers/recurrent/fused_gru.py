@@ -74,12 +74,13 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (d_output,) = gradients
-        output, slots, q, u, v, h0 = ctx.saved_tensors
+        # Hooks of what is saved may return it with gaps.
+        output, slots, q, u, v, h0 = (t.contiguous() for t in ctx.saved_tensors)
         reverse, hidden = ctx.reverse, v.shape[1]
         with torch.no_grad():
             d_slots, d_q, d_h0 = (torch.empty_like(t) for t in (slots, q, h0))
-            steady = (t.contiguous() for t in (h0, output, u, v))
-            tensors = (d_output.contiguous(), None, slots, *steady, d_slots, d_q, d_h0)
+            made = (d_slots, d_q, d_h0)
+            tensors = (d_output.contiguous(), None, slots, h0, output, u, v, *made)
             launch("backward", q, v, *tensors, GRU=True, REVERSE=int(reverse))
             codes, rows = q.flatten(0, 1), d_slots.flatten(0, 1)
             d_m, d_u, d_v = rows[:, 3 * hidden :], None, None

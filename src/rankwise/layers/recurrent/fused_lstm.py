@@ -70,12 +70,13 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (d_output, d_last), reverse = gradients, ctx.reverse
-        output, gates, cells, z, u, v = ctx.saved_tensors
+        # Hooks of what is saved may return it with gaps.
+        output, gates, cells, z, u, v = (t.contiguous() for t in ctx.saved_tensors)
         with torch.no_grad():
             d_output = torch.zeros_like(output) if d_output is None else d_output.contiguous()
             d_last = torch.zeros_like(cells[0]) if d_last is None else d_last.contiguous()
             d_x, d_z, d_c0 = (torch.empty_like(t) for t in (gates, z, cells[0]))
-            tensors = (d_output, d_last, gates, cells, None, u.contiguous(), v.contiguous())
+            tensors = (d_output, d_last, gates, cells, None, u, v)
             made = (d_x, d_z, d_c0)
             launch("backward", z, v, *tensors, *made, GRU=False, REVERSE=int(reverse))
             _, of_u, of_v, *_ = ctx.needs_input_grad

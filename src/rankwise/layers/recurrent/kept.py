@@ -20,10 +20,11 @@ _kept: WeakKeyDictionary[nn.Module, tuple[list[object], Any]] = WeakKeyDictionar
 def can_keep(weights: Sequence[Any]) -> bool:
     """Whether what is made of weights may be kept: in inference in eager mode, on a CPU.
 
-    On another device comparing the weights with those of before would wait for it.
+    On another device comparing the weights with those of before would wait for it. Under torch.func
+    inputs are no plain tensors, and only operators know what to do with them.
     """
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    if torch.is_grad_enabled() or tracing:
+    if torch.is_grad_enabled() or tracing or torch._C._are_functorch_transforms_active():
         return False
     return all(
         type(p) is nn.Parameter and p.device.type == "cpu" and not p.is_inference() for p in weights

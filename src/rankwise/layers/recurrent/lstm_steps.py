@@ -187,8 +187,8 @@ class Backward:
         saved = (
             sizes,
             None if d_last is None else d_last.contiguous(),
-            gates,
-            cells,
+            gates.contiguous(),  # as hooks of what is saved may return it
+            cells.contiguous(),
             d_output.contiguous(),
         )
         _call(
