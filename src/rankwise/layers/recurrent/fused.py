@@ -170,7 +170,8 @@ def launch(kernel: str, z: Tensor, v: Tensor, *given: Any, **options: Any) -> No
             PRECISION=_precision(),
             INTERPRETED=not z.is_cuda,
             num_warps=tiles.units // 4,
-            num_stages=1,  # a load moved before the wait that precedes it would read an older step's
+            # A load moved before the wait that precedes it would read an older step's.
+            num_stages=1,
             launch_cooperative_grid=True,
             **options,
         )
