@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 
@@ -224,6 +225,28 @@ def test_inputs_of_vmap(kind: Any, way: str, grad: bool) -> None:
         expected = torch.stack([layer(each)[0] for each in x])
         found = torch.vmap(lambda each: layer(each)[0])(x)
     assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own call
+@pytest.mark.parametrize("way", ["loop", "compiled"])
+@pytest.mark.parametrize("kind", [LowRankLSTM, LowRankGRU])
+def test_derivatives_by_torch_func_and_of_tangents(kind: Any, way: str) -> None:
+    """Of the product: a loop has no more than its backward."""
+    torch.manual_seed(0)
+    layer, x, direction = kind(I, H, rank=3, dtype=torch.float64), noise(T, B, I), noise(T, B, I)
+    layer.way = way
+
+    def total(x: Tensor) -> Tensor:
+        return (layer(x)[0] ** 2).sum()
+
+    expected = torch.autograd.grad(total(leaf := x.clone().requires_grad_()), leaf)[0]
+    assert_close(torch.func.grad(total)(x), expected, rtol=1e-9, atol=1e-11)
+    tangent = (expected * direction).sum()
+    assert_close(torch.func.jvp(total, (x,), (direction,))[1], tangent, rtol=1e-9, atol=1e-11)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            found = forward_ad.unpack_dual(total(forward_ad.make_dual(x, direction))).tangent
+        assert_close(found, tangent, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("grad", [True, False])

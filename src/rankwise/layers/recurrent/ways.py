@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rankwise.errors import OptionError, unknown
 from rankwise.layers.recurrent import fused, lstm_steps
@@ -55,8 +56,9 @@ def possible(
         x: (T, B, N), the layer's input.
     """
     hh, given = matrices[1], x.codes if isinstance(x, Encoded) else x
-    # torch.export has no place for our loop; there the product is part of the graph.
-    if hh.v is None or torch.compiler.is_exporting():
+    # torch.export has no place for our loop; there the product is part of the graph. The loops have
+    # a backward and no more: torch.func would refuse them, or find tangents of zero.
+    if hh.v is None or torch.compiler.is_exporting() or _transformed():
         return ("product",)
     compiled = kind == "lstm" and lstm_steps.serves(matrices)
     ways = [*(LOOPS if compiled else LOOPS[:1]), "product"]
@@ -71,6 +73,16 @@ def possible(
     ):
         ways.append("fused")
     return tuple(ways)
+
+
+def _transformed() -> bool:
+    """Within torch.func's grad or jvp, or where tangents are carried (forward_ad)."""
+    if torch.compiler.is_compiling():
+        return False
+    func: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    active = {each.key() for each in func.get_interpreter_stack() or ()}
+    kinds = (func.TransformType.Grad, func.TransformType.Jvp)
+    return forward_ad._current_level >= 0 or not active.isdisjoint(kinds)
 
 
 def choose(
