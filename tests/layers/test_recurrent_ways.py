@@ -249,6 +249,23 @@ def test_derivatives_by_torch_func_and_of_tangents(kind: Any, way: str) -> None:
         assert_close(found, tangent, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own call
+@pytest.mark.parametrize("kind", [LowRankLSTM, LowRankGRU])
+def test_derivatives_by_torch_func_in_a_compiled_graph(kind: Any) -> None:
+    torch.manual_seed(0)
+    layer, x, direction = kind(I, H, rank=3, dtype=torch.float64), noise(T, B, I), noise(T, B, I)
+    layer.way = "loop"
+
+    def total(x: Tensor) -> Tensor:
+        return (layer(x)[0] ** 2).sum()
+
+    def derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.grad(total)(x), torch.func.jvp(total, (x,), (direction,))[1]
+
+    found = torch.compile(derivatives, backend="aot_eager", fullgraph=True)(x)
+    assert_close(found, derivatives(x), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_measured_once_for_each_shape(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where it decides."""

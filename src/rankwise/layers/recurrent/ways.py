@@ -75,10 +75,9 @@ def possible(
     return tuple(ways)
 
 
+@torch.compiler.assume_constant_result  # torch.compile traces anew where transforms differ
 def _transformed() -> bool:
     """Within torch.func's grad or jvp, or where tangents are carried (forward_ad)."""
-    if torch.compiler.is_compiling():
-        return False
     func: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     active = {each.key() for each in func.get_interpreter_stack() or ()}
     kinds = (func.TransformType.Grad, func.TransformType.Jvp)
