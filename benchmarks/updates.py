@@ -44,6 +44,7 @@ from rankwise.method import Method
 from rankwise.models.transformer import Transformer
 from rankwise.training import environment
 
+BASE = "frozen"  # the side that others are compared with
 RESULTS = Path(__file__).parent / "results"
 WIDTH, LAYERS, BATCH, CONTEXT, VOCABULARY = 768, 2, 8, 256, 256
 MERGE_EVERY, MIB = 10, 2**20
@@ -243,7 +244,7 @@ def memory(rank: int, name: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- the tables
 
 
-def show_times(title: str, times: dict[str, list[float]], base: str) -> None:
+def show_times(title: str, times: dict[str, list[float]], base: str = BASE) -> None:
     print(f"\n{title}, ms")
     middle = {name: statistics.median(each) for name, each in times.items()}
     for name, each in times.items():
@@ -288,7 +289,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", help="of step and memory; all without it")
     parser.add_argument("--json", type=Path, help="record to add to")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # memory, in its own process
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.what == "step" and options.sides and BASE not in options.sides:
+        parser.error(f"--sides: {BASE!r} is what the others are compared with; name it, too")
+    known = {name for rank in options.ranks for name in sides(rank)}
+    if unknown_ones := sorted(set(options.sides or ()) - known):
+        parser.error(f"--sides: there is no {unknown_ones[0]!r}, only {sorted(known)}")
+    return options
 
 
 def timed(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -297,14 +304,14 @@ def timed(options: argparse.Namespace) -> list[dict[str, Any]]:
         torch.set_num_threads(threads)
         trainings: dict[str, Training] = {}
         if options.what == "layer":
-            runs, base = layers(rank), "frozen"
+            runs = layers(rank)
         else:
             chosen = {n: m for n, m in sides(rank).items() if n in (options.sides or sides(rank))}
             trainings = {name: make() for name, make in chosen.items()}
-            runs, base = {name: each.step for name, each in trainings.items()}, "frozen"
+            runs = {name: each.step for name, each in trainings.items()}
         times = rounds(runs, options.repeats)
         merge_times(trainings, times)
-        show_times(f"{options.what}, rank {rank}, {threads} thread(s)", times, base)
+        show_times(f"{options.what}, rank {rank}, {threads} thread(s)", times)
         ratios = figures(rank, times)
         for name, value in ratios.items():
             print(f"  {name:<32}{value:>8.3f}")
