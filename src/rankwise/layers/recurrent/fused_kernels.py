@@ -104,10 +104,48 @@ def _add_up(
 
 
 @triton.jit
-def _state_before(states, hidden, step, T, B, H, of_row, mine, REVERSE: tl.constexpr):
-    """The GRU's hidden state that a step began with: h0, or the output of the step before it."""
+def _lstm(i, f, g, o, c, hidden):
+    """One step: the gates from their sums, the cells, and h as it is kept in `hidden`."""
+    i, f, g, o = _sigmoid(i), _sigmoid(f), _tanh(g), _sigmoid(o)
+    c = f * c + i * g
+    return i, f, g, o, c, (o * _tanh(c)).to(hidden.dtype.element_ty)
+
+
+@triton.jit
+def _gru(r, z, n, m, h, hidden):
+    """One step: as `_lstm`; the state is h as it is kept."""
+    r, z = _sigmoid(r), _sigmoid(z)
+    n = _tanh(n + r * m)
+    h = (n + z * (h - n)).to(hidden.dtype.element_ty)
+    return r, z, n, m, h.to(tl.float32), h
+
+
+@triton.jit
+def _lstm_backward(i, f, g, o, before, c, dh, dc):
+    """Gradients of the gates' sums, and of the cells that the step began with."""
+    squashed = _tanh(c)
+    dc += dh * o * (1 - squashed * squashed)
+    d_i, d_f, d_g = dc * g * i * (1 - i), dc * before * f * (1 - f), dc * i * (1 - g * g)
+    return d_i, d_f, d_g, dh * squashed * o * (1 - o), dc * f
+
+
+@triton.jit
+def _gru_backward(r, z, n, m, before, dh):
+    """As `_lstm_backward`; the last is what h takes of the state before it."""
+    d_n = dh * (1 - z) * (1 - n * n)
+    d_r, d_z = d_n * m * r * (1 - r), dh * (before - n) * z * (1 - z)
+    return d_r, d_z, d_n, d_n * r, dh * z
+
+
+@triton.jit
+def _state_before(
+    states, hidden, step, T, B, H, of_row, mine, GRU: tl.constexpr, REVERSE: tl.constexpr
+):
+    """The state that a step began with: cells; of the GRU h0, or the output before this one."""
     place = step + 1 if REVERSE else step - 1
-    if (place >= 0) & (place < T):
+    if not GRU:
+        found = tl.load(states + (step + REVERSE) * B * H + of_row, mine, 0.0)
+    elif (place >= 0) & (place < T):
         found = tl.load(hidden + place * B * H + of_row, mine, 0.0).to(tl.float32)
     else:
         found = tl.load(states + of_row, mine, 0.0)
@@ -153,15 +191,10 @@ def forward(
         now = step
         code = tl.load(z + now * B * R + of_code, coded, 0.0, cache_modifier=".cg")
         a, b, c, d = _apart(tl.dot(code, of_u, acc=x, input_precision=PRECISION), BM, BN)
-        a, b = _sigmoid(a), _sigmoid(b)
         if GRU:
-            c = _tanh(c + a * d)
-            h = (c + b * (state - c)).to(hidden.dtype.element_ty)
-            state = h.to(tl.float32)
+            a, b, c, d, state, h = _gru(a, b, c, d, state, hidden)
         else:
-            c, d = _tanh(c), _sigmoid(d)
-            state = b * state + a * c
-            h = (d * _tanh(state)).to(hidden.dtype.element_ty)
+            a, b, c, d, state, h = _lstm(a, b, c, d, state, hidden)
         if s < T - 1:
             part = tl.dot(h.to(of_v.dtype), of_v, input_precision=PRECISION)
             tl.store(partial + own, part)
@@ -217,26 +250,18 @@ def backward(
     dh = tl.load(d_hidden + step * B * H + of_row, mine, 0.0).to(tl.float32)
     all_slots = tl.load(slots + step * B * 4 * H + of_slot, mine_wide, 0.0).to(tl.float32)
     dc = tl.zeros((BM, BN), tl.float32)
-    state = dc  # the LSTM's cells, and of either layer the state that the step began with
-    if GRU:
-        before = _state_before(states, hidden, step, T, B, H, of_row, mine, REVERSE)
-    else:
+    state = dc
+    if not GRU:
         dc += tl.load(d_last + of_row, mine, 0.0)
         state = tl.load(states + (step + 1 - REVERSE) * B * H + of_row, mine, 0.0)
-        before = tl.load(states + (step + REVERSE) * B * H + of_row, mine, 0.0)
+    before = _state_before(states, hidden, step, T, B, H, of_row, mine, GRU, REVERSE)
     for s in range(T):
         now = step
         a, b, c, d = _apart(all_slots, BM, BN)
         if GRU:
-            d_c = dh * (1 - b) * (1 - c * c)
-            d_a, d_b, d_d = d_c * d * a * (1 - a), dh * (before - c) * b * (1 - b), d_c * a
-            dc = dh * b  # what h takes of the state before it
+            d_a, d_b, d_c, d_d, dc = _gru_backward(a, b, c, d, before, dh)
         else:
-            squashed = _tanh(state)
-            dc += dh * d * (1 - squashed * squashed)
-            d_a, d_b, d_c = dc * c * a * (1 - a), dc * before * b * (1 - b), dc * a * (1 - c * c)
-            d_d = dh * squashed * d * (1 - d)
-            dc *= b
+            d_a, d_b, d_c, d_d, dc = _lstm_backward(a, b, c, d, before, state, dh, dc)
         d_all = _together(d_a, d_b, d_c, d_d, BM, BN).to(d_slots.dtype.element_ty)
         tl.store(partial + own, tl.dot(d_all, of_u, input_precision=PRECISION))
         _arrive(counter)
@@ -245,11 +270,8 @@ def backward(
             step = now + 1 if REVERSE else now - 1
             dh = tl.load(d_hidden + step * B * H + of_row, mine, 0.0).to(tl.float32)
             all_slots = tl.load(slots + step * B * 4 * H + of_slot, mine_wide, 0.0).to(tl.float32)
-            if GRU:
-                before = _state_before(states, hidden, step, T, B, H, of_row, mine, REVERSE)
-            else:
-                state = before
-                before = tl.load(states + (step + REVERSE) * B * H + of_row, mine, 0.0)
+            state = before
+            before = _state_before(states, hidden, step, T, B, H, of_row, mine, GRU, REVERSE)
         _wait(counter, (2 * s + 1) * P, INTERPRETED)
         _add_up(partial, d_z + now * B * R, program, group * BM, B, R, P, PP, BM, BR, SHARE)
         if s < T - 1:
