@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -184,6 +186,54 @@ def test_a_layer_by_its_loop_and_by_the_kernel(
         total = (y * y).sum() + sum((end**3).sum() for end in ends)
         results.append([y, *ends, *torch.autograd.grad(total, [x, *layer.parameters()])])
     assert_close(*results, rtol=2e-4, atol=2e-4)
+
+
+COMPILED = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from rankwise.layers.recurrent import fused, fused_kernels
+
+FLOAT32 = {"states", "last", "partial", "d_last", "d_first"}
+
+def check(name, gru, dtype, size, rank, capability, chip):
+    batch, hidden = 32, 1024
+    tiles = fused.tiling(batch, hidden, rank, size, chip)
+    programs = tiles.programs(hidden)
+    fixed = {"GRU": gru, "P": programs, "PP": programs, "BM": tiles.rows, "BN": tiles.units}
+    fixed |= {"BR": rank, "SHARE": 32, "REVERSE": 0, "PRECISION": "tf32"}
+    fixed |= {"INTERPRETED": False} | ({"SAVE": True} if name == "forward" else {})
+    absent = {("forward", True): "last", ("forward", False): "bias_m"}
+    absent |= {("backward", True): "d_last", ("backward", False): "hidden"}
+    fixed[absent[name, gru]] = None
+    kernel = getattr(fused_kernels, name)
+    kinds = {a: "*fp32" if a in FLOAT32 else "*" + dtype for a in kernel.arg_names}
+    kinds |= {"counters": "*i32"} | {a: "i32" for a in "TBHR"} | {a: "constexpr" for a in fixed}
+    values = {(kernel.arg_names.index(a),): value for a, value in fixed.items()}
+    source = ASTSource(kernel, {a: kinds[a] for a in kernel.arg_names}, values)
+    options = {"num_warps": tiles.units // 4, "num_stages": 1, "launch_cooperative_grid": True}
+    made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert made.metadata.shared <= tiles.memory(rank, size, "tf32"), made.metadata.shared
+    assert made.asm["ptx"].count("ld.acquire.gpu") == 2
+    assert made.asm["ptx"].count("global.gpu.release.add") == 2
+
+h200, a100 = fused.Chip(132, 227 << 10), fused.Chip(108, 163 << 10)
+for name in ("forward", "backward"):
+    check(name, False, "fp32", 4, 128, 90, h200)
+    check(name, True, "fp32", 4, 512, 90, h200)
+    check(name, False, "bf16", 2, 256, 90, h200)
+    check(name, True, "bf16", 2, 128, 80, a100)  # fewer processors, wider tiles
+"""
+
+
+@pytest.mark.skipif(GPU, reason="is compiled by the tests above")
+def test_the_kernels_compile_for_gpus_within_the_memory_that_tiles_count_on() -> None:
+    """The interpreter takes more than the compiler does, which needs no GPU."""
+    others = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=others, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_the_finest_tiles_whose_programs_run_at_once() -> None:

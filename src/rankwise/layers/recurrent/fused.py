@@ -45,7 +45,7 @@ class Tiling:
     def memory(self, rank: int, size: int, precision: str) -> int:
         """Bytes that a program takes on the chip, as compiled: U, V, the codes and exchange."""
         apart = 4 * self.units if size == 4 and precision == "tf32x3" else 0
-        return size * (_power(rank) * (5 * self.units + apart + self.rows) + 2048)
+        return size * _power(rank) * (5 * self.units + apart + self.rows) + (8 << 10)
 
 
 @dataclass(frozen=True)
