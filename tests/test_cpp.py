@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("RANKWISE_CPP", raising=False)
     cpp._load.cache_clear()
     return tmp_path
+
+
+def compiler(place: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    """A source, and `script` in the compiler's place."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    stand_in, source = place / "stand-in", place / "seven.cpp"
+    stand_in.write_text(f"#!/bin/sh\n{script}\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("CXX", str(stand_in))
+    source.write_text(SOURCE)
+    return source
 
 
 @needs_compiler
@@ -117,14 +129,9 @@ def test_a_compiler_of_several_words(
 def test_a_compiler_that_takes_too_long(
     place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(cpp, "PATIENCE", 0.5)
-    slow, calls = place / "slow", place / "calls"
-    slow.write_text(f"#!/bin/sh\necho called >> '{calls}'\nexec sleep 30\n")
-    slow.chmod(0o755)
-    monkeypatch.setenv("CXX", str(slow))
-    source = place / "seven.cpp"
-    source.write_text(SOURCE)
+    calls = place / "calls"
+    source = compiler(place, monkeypatch, f"echo called >> '{calls}'\nexec sleep 30")
     assert cpp.load(source) is None
     assert calls.read_text() == "called\n"  # once: it would take as long without OpenMP
     assert "timed out after 0.5 seconds" in caplog.text
@@ -133,13 +140,7 @@ def test_a_compiler_that_takes_too_long(
 def test_a_compiler_that_speaks_another_encoding(
     place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    failing = place / "failing"
-    failing.write_text("#!/bin/sh\nprintf 'it will \\377not do\\n' >&2\nexit 1\n")
-    failing.chmod(0o755)
-    monkeypatch.setenv("CXX", str(failing))
-    source = place / "seven.cpp"
-    source.write_text(SOURCE)
+    source = compiler(place, monkeypatch, "printf 'it will \\377not do\\n' >&2\nexit 1")
     assert cpp.load(source) is None
     assert "not do" in caplog.text
 
@@ -155,16 +156,12 @@ def test_a_home_that_cannot_be_written(place: Path) -> None:
 def test_absent_and_failing_compilers(
     place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    source = place / "seven.cpp"
-    source.write_text(SOURCE)
+    source = compiler(place, monkeypatch, "echo it will not do >&2\nexit 1")
+    failing = os.environ["CXX"]
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert cpp.load(source) is None
     assert not caplog.records  # silently
-    failing = place / "failing"
-    failing.write_text("#!/bin/sh\necho it will not do >&2\nexit 1\n")
-    failing.chmod(0o755)
-    monkeypatch.setenv("CXX", str(failing))
+    monkeypatch.setenv("CXX", failing)
     for _ in range(2):
         cpp.load(source)
     assert not caplog.records  # looked for once

@@ -30,6 +30,8 @@ with warnings.catch_warnings():
     pytest.importorskip("accelerate")
     pl: Any = pytest.importorskip("lightning.pytorch")
     environments: Any = pytest.importorskip("lightning.fabric.plugins.environments")
+    from test_lightning import Module
+
     from rankwise.integrations import huggingface, lightning
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -121,19 +123,6 @@ def _in_trainer(name: str, apart: bool = True) -> Answer:
         trainer.train()
     assert run.step == STEPS
     return _weights(run)
-
-
-class Module(pl.LightningModule):
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__()
-        self.model, self.given = model, optimizer
-
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        return self.model(**batch)["loss"]
-
-    def configure_optimizers(self) -> Any:
-        scheduler = {"scheduler": decay(self.given), "interval": "step"}
-        return {"optimizer": self.given, "lr_scheduler": scheduler}
 
 
 def _in_lightning(name: str, apart: bool = True) -> Answer:

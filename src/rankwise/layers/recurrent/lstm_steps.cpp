@@ -40,7 +40,7 @@ template <class S> static inline void store(S* to, V<S> x, int64_t count) {
   else if (count > 0) memcpy(to, &x, count * sizeof(S));
 }
 
-// e^x = 2^n e^r with |r| <= log(2) / 2; e^r by Cephes' polynomial, within 2 units of the last place.
+// e^x = 2^n e^r, |r| <= log(2) / 2; e^r by Cephes' polynomial, within 2 units of the last place.
 static inline Floats exponential(Floats x) {
   x = x < -87.0f ? Floats{} - 87.0f : x;
   x = x > 87.0f ? Floats{} + 87.0f : x;
@@ -130,7 +130,8 @@ template <class S>
 static void copy(S* to, const S* from, Rows some, Rows rows, int64_t width) {
   const int64_t first = some.first > rows.first ? some.first : rows.first;
   const int64_t behind = some.behind < rows.behind ? some.behind : rows.behind;
-  if (first < behind) memcpy(to + first * width, from + first * width, sizeof(S) * (behind - first) * width);
+  if (first < behind)
+    memcpy(to + first * width, from + first * width, sizeof(S) * (behind - first) * width);
 }
 
 // All B rows, shared out.
@@ -193,7 +194,8 @@ static void backward(
   const int64_t size = B * H;
   for (int64_t step = 0; step < T; step++) {
     const int64_t t = reverse ? step : T - 1 - step;
-    const S *before = cells + (reverse ? t + 1 : t) * size, *now = cells + (reverse ? t : t + 1) * size;
+    const S* before = cells + (reverse ? t + 1 : t) * size;
+    const S* now = cells + (reverse ? t : t + 1) * size;
     const S *saved = gates + t * WIDE * size, *dy = d_output + t * size, *panel = vt;
     S* found = slab + t * WIDE * size;
     if (d_last) copy(dc, d_last, Rows{sizes[t + 1], sizes[t]}, rows, H);
@@ -234,38 +236,29 @@ int64_t has_threads() { return 1; }
 #else
 int64_t has_threads() { return 0; }
 #endif
-void forward_float(
-    int64_t threads, int64_t T, int64_t B, int64_t H, int64_t Kx, int64_t R, int64_t reverse,
-    int64_t all, const int64_t* sizes, const float* u, const float* bias, const float* v,
-    float* codes, float* cells, float* gates, float* output, float* last) {
-  shared(threads, B, [=](Rows rows) {
-    forward(
-        rows, T, B, H, Kx, R, reverse, all, sizes, u, bias, v, codes, cells, gates, output, last);
-  });
-}
-void forward_double(
-    int64_t threads, int64_t T, int64_t B, int64_t H, int64_t Kx, int64_t R, int64_t reverse,
-    int64_t all, const int64_t* sizes, const double* u, const double* bias, const double* v,
-    double* codes, double* cells, double* gates, double* output, double* last) {
-  shared(threads, B, [=](Rows rows) {
-    forward(
-        rows, T, B, H, Kx, R, reverse, all, sizes, u, bias, v, codes, cells, gates, output, last);
-  });
-}
-void backward_float(
-    int64_t threads, int64_t T, int64_t B, int64_t H, int64_t R, int64_t reverse,
-    const int64_t* sizes, const float* d_last, const float* gates, const float* cells,
-    const float* d_output, const float* vt, const float* ut, const float* z, float* dc, float* slab, float* dz) {
-  shared(threads, B, [=](Rows rows) {
-    backward(rows, T, B, H, R, reverse, sizes, d_last, gates, cells, d_output, vt, ut, z, dc, slab, dz);
-  });
-}
-void backward_double(
-    int64_t threads, int64_t T, int64_t B, int64_t H, int64_t R, int64_t reverse,
-    const int64_t* sizes, const double* d_last, const double* gates, const double* cells,
-    const double* d_output, const double* vt, const double* ut, const double* z, double* dc, double* slab, double* dz) {
-  shared(threads, B, [=](Rows rows) {
-    backward(rows, T, B, H, R, reverse, sizes, d_last, gates, cells, d_output, vt, ut, z, dc, slab, dz);
-  });
-}
+
+#define FOR(S)                                                                                     \
+  void forward_##S(                                                                                \
+      int64_t threads, int64_t T, int64_t B, int64_t H, int64_t Kx, int64_t R, int64_t reverse,    \
+      int64_t all, const int64_t* sizes, const S* u, const S* bias, const S* v,                    \
+      S* codes, S* cells, S* gates, S* output, S* last) {                                          \
+    shared(threads, B, [=](Rows rows) {                                                            \
+      forward(                                                                                     \
+          rows, T, B, H, Kx, R, reverse, all, sizes, u, bias, v, codes, cells, gates, output,      \
+          last);                                                                                   \
+    });                                                                                            \
+  }                                                                                                \
+  void backward_##S(                                                                               \
+      int64_t threads, int64_t T, int64_t B, int64_t H, int64_t R, int64_t reverse,                \
+      const int64_t* sizes, const S* d_last, const S* gates, const S* cells, const S* d_output,    \
+      const S* vt, const S* ut, const S* z, S* dc, S* slab, S* dz) {                               \
+    shared(threads, B, [=](Rows rows) {                                                            \
+      backward(                                                                                    \
+          rows, T, B, H, R, reverse, sizes, d_last, gates, cells, d_output, vt, ut, z, dc, slab,   \
+          dz);                                                                                     \
+    });                                                                                            \
+  }
+
+FOR(float)
+FOR(double)
 }
