@@ -245,8 +245,6 @@ def show(row: Row) -> None:
 def memory(case: Case, rank: int, name: str) -> dict[str, float]:
     """What one training step saves for backward, and by how much it raises the resident peak."""
     layer, x = side(name, case, rank), inputs(case)
-    if isinstance(layer, OpenRecurrent):
-        layer.way = "loop"  # also where it is not the fastest
     gradient = torch.randn(x.shape)
     train(layer, x[:2].detach().requires_grad_(), gradient[:2])  # loads what is loaded once
     before = resident("VmRSS", reset=True)
