@@ -18,9 +18,8 @@ from rankwise import accounting
 def versions() -> dict[str, str]:
     """Of Python and of the packages that compute."""
     found = {"python": platform.python_version(), "rankwise": rankwise.__version__}
-    found["torch"] = str(
-        torch.__version__
-    )  # with what it is built for, which its package may not say
+    # With what it is built for, which its package may not say.
+    found["torch"] = str(torch.__version__)
     for name in ("numpy", "safetensors"):
         try:
             found[name] = version(name)
